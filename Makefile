@@ -1,0 +1,20 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check conformance
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: ## prepare everything, run nothing (as root; needs git, make, python3 and apt)
+	@scripts/setup
+
+demo: ## watch a devbox survive the death of its server
+	@scripts/setup && .venv/bin/python scripts/demo.py
+
+test: ## run all tests, with real boxes
+	@scripts/setup test && scripts/test
+
+check: ## lint, types, import rule and fast tests
+	@scripts/setup base && scripts/check
+
+conformance: ## run the live tests of the official client 3.0.0 against a fresh server
+	@scripts/setup && .venv/bin/python scripts/conformance.py

@@ -1,0 +1,126 @@
+"""The operations on files of a devbox."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from devboxd.access.files import Files, OpenFile, Written
+from devboxd.access.uploads import Upload
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.errors import ApiError
+from devboxd.executions.box import Box, Boxes
+from devboxd.executions.views import ExecutionDetailView
+from devboxd.http.operation import Call
+from devboxd.http.streams import Lasting, Places
+
+TEXT_LIMIT = 100_000_000
+"""Most bytes that read_file_contents gives and write_file_contents takes; larger files have their own operations."""
+
+_INERT = {"content-security-policy": "sandbox"}
+
+
+class ReadFile(msgspec.Struct, frozen=True):
+    """Which file to read: absolute, or relative to the home directory."""
+
+    file_path: str
+
+
+class WriteFile(msgspec.Struct, frozen=True):
+    """Which file to write, and all that it shall hold."""
+
+    file_path: str
+    contents: str
+
+
+class DownloadFile(msgspec.Struct, frozen=True):
+    """Which file to send: absolute, or relative to the home directory."""
+
+    path: str
+
+
+async def read_file_contents(
+    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: ReadFile
+) -> Response:
+    """The file as text/plain, byte for byte; up to 100 MB."""
+    file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.file_path)
+    try:
+        parts, size = [], 0
+        while data := await file.read():
+            size += len(data)
+            if size > TEXT_LIMIT or (file.size or 0) > TEXT_LIMIT:
+                raise ApiError(
+                    413,
+                    f"cannot read {body.file_path} as text: it is larger than 100 MB; use download_file",
+                    retry=False,
+                )
+            parts.append(data)
+    finally:
+        await file.close()
+    headers = {**_INERT, "content-disposition": "attachment"}
+    return Response(b"".join(parts), media_type="text/plain; charset=utf-8", headers=headers)
+
+
+async def write_file_contents(
+    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
+) -> Response:
+    """Create or replace a file with this text; missing parent directories are made."""
+    content = body.contents.encode()
+    if len(content) > TEXT_LIMIT:
+        raise ApiError(413, f"cannot write {len(content)} bytes as text: at most 100 MB; use upload_file", retry=False)
+    box = await _box(devboxes, boxes, call, devbox_id)
+    written = await files.put(box, body.file_path, content)
+    view = ExecutionDetailView(devbox_id, "", "", 0)
+    return _stored(msgspec.json.encode(view), written)
+
+
+async def upload_file(
+    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str
+) -> Response:
+    """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed."""
+    box = await _box(devboxes, boxes, call, devbox_id)
+    upload = Upload(call.request)
+    with places.taking():
+        written = await files.receive(box, await upload.path(), upload.chunks())
+    return _stored(b"{}", written)
+
+
+async def download_file(
+    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: DownloadFile
+) -> Response:
+    """The file's bytes, streamed, as an attachment."""
+    places.check()
+    file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.path)
+    name = body.path.rsplit("/", 1)[-1]
+    headers = {**_INERT, "content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+    if file.size is not None:
+        headers["content-length"] = str(file.size)
+    return Download(file, places, headers)
+
+
+class Download(Lasting):
+    """A file as an answer; its descriptor is given back however the answer ends."""
+
+    def __init__(self, file: OpenFile, places: Places, headers: dict[str, str]) -> None:
+        super().__init__(file.chunks(), places, "application/octet-stream", headers)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._file.close()
+
+
+async def _box(devboxes: Devboxes, boxes: Boxes, call: Call, devbox_id: str) -> Box:
+    await devboxes.usable(call.account, devbox_id)
+    return await boxes.reached(devbox_id)
+
+
+def _stored(answer: bytes, written: Written) -> Response:
+    headers = {"x-upload-size": str(written.size), "x-upload-sha256": written.sha256}
+    return Response(answer, media_type="application/json", headers=headers)

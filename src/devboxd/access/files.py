@@ -1,0 +1,189 @@
+"""Files of a box, through descriptors that its agent opens: look-ups, permissions and links are the box's own.
+
+A descriptor may be a regular file or one end of a pipe (files of procfs and the like, served by a child in the box).
+What a file claims to be is hostile: lengths are counted, not believed, and nothing is read on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+
+from devboxd.agent.client import AgentClosedError, AgentError
+from devboxd.agent.protocol import Stage
+from devboxd.engine.blocking import finished
+from devboxd.errors import ApiError, bad_request, not_found
+from devboxd.executions.box import Box
+
+BLOCK = 1 << 20
+_MODE = 0o644
+_MAX_PATH = 4096
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write put into a file: its size in bytes and its SHA-256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+class OpenFile:
+    """A file of a box, opened for reading. `size` is None where only reading tells it."""
+
+    def __init__(self, descriptor: int, pipe: bool) -> None:
+        self._descriptor = descriptor
+        self._pipe = pipe
+        self.size = None if pipe else os.fstat(descriptor).st_size
+
+    async def read(self, size: int = BLOCK) -> bytes:
+        """At most `size` bytes from where the last read ended; empty at the end."""
+        if self._pipe:
+            return await _read_pipe(self._descriptor, size)
+        return await finished(partial(os.read, self._descriptor, size))
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """All of a file; exactly `size` bytes when that is known. Raises EOFError when it has shrunk meanwhile."""
+        left = self.size
+        while left is None or left > 0:
+            data = await self.read(BLOCK if left is None else min(BLOCK, left))
+            if not data:
+                break
+            left = None if left is None else left - len(data)
+            yield data
+        if left:
+            raise EOFError("cannot send the rest of the file: it has shrunk")
+
+    async def close(self) -> None:
+        """Give the descriptor back, off the event loop."""
+        await finished(partial(os.close, self._descriptor))
+
+
+class Files:
+    """Reads and writes files in boxes as the box's user."""
+
+    async def open(self, box: Box, path: str) -> OpenFile:
+        """Open a regular file. Raises ApiError: 400 for a wrong path or type, 403, 404."""
+        _check(path)
+        try:
+            opened = await box.agent.read(box.user, path)
+        except (AgentError, AgentClosedError) as error:
+            raise _explained(error, "read", path) from error
+        return OpenFile(opened.fd, opened.pipe)
+
+    async def put(self, box: Box, path: str, content: bytes, user: str | None = None) -> Written:
+        """Write a whole file. Raises ApiError; the old content stays then."""
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield content
+
+        return await self.receive(box, path, chunks(), user)
+
+    async def receive(self, box: Box, path: str, chunks: AsyncIterable[bytes], user: str | None = None) -> Written:
+        """Write a file from chunks, as the box's user or the one named, beside its target; rename when all is there.
+
+        Whatever goes wrong before the rename, also an exception of `chunks`, leaves the old content. Raises ApiError.
+        """
+        _check(path)
+        who = user or box.user
+        try:
+            target = await box.agent.write(who, path, _MODE)
+        except (AgentError, AgentClosedError) as error:
+            raise _explained(error, "write", path) from error
+        digest, size = hashlib.sha256(), 0
+        renamed = target.pipe
+        try:
+            try:
+                async for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    await _write(target.fd, target.pipe, chunk)
+            finally:
+                await finished(partial(os.close, target.fd))
+            if not target.pipe:
+                await box.agent.rename(who, target.temporary, target.target)
+                renamed = True
+        except (AgentError, OSError) as error:
+            raise _explained(error, "write", path) from error
+        finally:
+            if not renamed:
+                await _unlink(box, who, target.temporary)
+        return Written(size, digest.hexdigest())
+
+
+async def _unlink(box: Box, user: str, path: bytes) -> None:
+    try:
+        await asyncio.shield(box.agent.unlink(user, path))
+    except (AgentError, AgentClosedError):
+        return  # the box is gone, and its disk with it
+
+
+async def _write(descriptor: int, pipe: bool, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        if pipe:
+            view = view[await _write_pipe(descriptor, view) :]
+        else:
+            view = view[await finished(partial(os.write, descriptor, view)) :]
+
+
+async def _read_pipe(descriptor: int, size: int) -> bytes:
+    while True:
+        try:
+            return os.read(descriptor, min(size, 65536))
+        except BlockingIOError:
+            await _ready(descriptor, write=False)
+
+
+async def _write_pipe(descriptor: int, view: memoryview) -> int:
+    while True:
+        try:
+            return os.write(descriptor, view[:65536])
+        except BlockingIOError:
+            await _ready(descriptor, write=True)
+
+
+async def _ready(descriptor: int, *, write: bool) -> None:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
+    add(descriptor, event.set)
+    try:
+        await event.wait()
+    finally:
+        remove(descriptor)
+
+
+def _check(path: str) -> None:
+    if not path or "\0" in path or len(path.encode("utf-8", "surrogatepass")) > _MAX_PATH:
+        raise bad_request(
+            f"cannot use the path {path[:64]!r}: it has 1 to {_MAX_PATH} bytes, none of them NUL, and is absolute or "
+            "relative to the home directory"
+        )
+
+
+def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
+    """What a refusal of the box means to a caller."""
+    shown = path if len(path) <= 256 else path[:256] + "..."
+    stage = error.stage if isinstance(error, AgentError) else Stage.OPEN
+    if isinstance(error, AgentClosedError) or stage is Stage.BUSY:
+        return ApiError(503, f"cannot {verb} {shown}: the devbox does not answer at the moment; try again")
+    match error.errno:
+        case errno.ENOENT:
+            return not_found(f"cannot {verb} {shown}: there is no such file in the devbox; check the path")
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return ApiError(403, f"cannot {verb} {shown}: the devbox's user may not; choose a path that it owns")
+        case errno.EISDIR:
+            return bad_request(f"cannot {verb} {shown}: it is a directory; name a file")
+        case errno.ENOSPC | errno.EDQUOT:
+            return ApiError(507, f"cannot {verb} {shown}: the disk is full; delete something", retry=False)
+        case errno.ETIMEDOUT:
+            return ApiError(504, f"cannot {verb} {shown}: the file did not open in time", retry=False)
+        case errno.EINVAL if stage is Stage.TYPE:
+            return bad_request(f"cannot {verb} {shown}: it is not a regular file; name one")
+    return bad_request(f"cannot {verb} {shown}: {error}")

@@ -1,0 +1,15 @@
+"""The agent `devboxd-init`, pid 1 of each box: its binary, its protocol, and the client that speaks it."""
+
+import platform
+from pathlib import Path
+
+_ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+
+
+def agent_binary() -> Path:
+    """Return the agent built for this machine's architecture; raise FileNotFoundError when it was not built."""
+    machine = platform.machine().lower()
+    path = Path(__file__).parent / "bin" / f"devboxd-init-{_ARCHITECTURES.get(machine, machine)}"
+    if not path.is_file():
+        raise FileNotFoundError(f"cannot find the agent {path}: run make setup")
+    return path

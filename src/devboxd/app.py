@@ -1,0 +1,200 @@
+"""The server: all parts built in one visible order, started, and stopped in the reverse of it.
+
+The port is bound first, so that clients of a server that was restarted find it at once and are told to wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import structlog
+from granian.constants import HTTPModes, Interfaces
+from granian.server.embed import Server
+
+from devboxd import logs, systemd
+from devboxd.access.files import Files
+from devboxd.budget import commands_within, open_files, streams_within
+from devboxd.config import Settings
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.engine.images import Images
+from devboxd.engine.instance import Instance, claim
+from devboxd.engine.network import Network
+from devboxd.engine.oci import OciEngine
+from devboxd.engine.recipe import base_environment
+from devboxd.executions.box import Boxes
+from devboxd.executions.journals import Journals
+from devboxd.executions.looking import Looking
+from devboxd.executions.running import Executions
+from devboxd.executions.watch import Watcher
+from devboxd.http.once import STOPPING_S
+from devboxd.http.operation import Application, Unready, build
+from devboxd.http.streams import Closing, Places
+from devboxd.resources.accounts import first_start
+from devboxd.routes import ROUTES
+from devboxd.store.db import FILE_NAME, Store
+from devboxd.tasks import Tasks
+
+_log = structlog.get_logger()
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_LINGER_S = 1.0
+"""How long a stopping server still answers, so that clients that come back at once are told to wait."""
+_DRAIN_S = 1.5
+_M_MMAP_THRESHOLD = -3
+_LARGE = 256 * 1024
+
+
+class Readiness:
+    """Why the server cannot run commands now; `state` is None when it can."""
+
+    def __init__(self) -> None:
+        self.state: Unready | None = None
+        self.starting("the server is starting")
+
+    def starting(self, reason: str) -> None:
+        """Clients shall ask again and again."""
+        self.state = Unready("starting", reason, hold_s=1.0)
+
+    def stopping(self) -> None:
+        """Clients shall come again when the next server may be there."""
+        self.state = Unready("stopping", "the server stops; it is back soon", hold_s=0.5, retry_after=STOPPING_S)
+
+    def progress(self, done: float, text: str) -> None:
+        """Show how far the default image has come."""
+        self.starting(f"the default image is being built: {done:.0%}, {text}")
+
+
+def _give_memory_back() -> None:
+    """Let the C library return large pieces to the kernel at once, whatever sizes came before (glibc only)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; the boxes go on. Returns the exit code. Raises SetupError before anything."""
+    _give_memory_back()
+    logs.configure(settings.log_format)
+    instance = claim(settings.state)
+    try:
+        asyncio.run(_serve(settings, instance))
+    finally:
+        instance.close()
+    return 0
+
+
+async def _serve(settings: Settings, instance: Instance) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        store = Store.open(settings.state / FILE_NAME)
+        stack.callback(store.close)
+        closing, ready, watcher = Closing(), Readiness(), Watcher()
+        background = Tasks()
+        stack.push_async_callback(background.close)
+        background.start(watcher.run(), "journal watcher")
+        files = Files()
+        journals = Journals(settings.state / "journals", settings.journal_cap_bytes)
+        boxes = Boxes()
+        looking = Looking(store, boxes, journals, watcher, closing)
+        available = open_files()
+        executions = Executions(
+            store,
+            boxes,
+            journals,
+            looking,
+            per_box=settings.executions_per_box,
+            in_all=commands_within(available),
+        )
+        stack.push_async_callback(executions.close)
+        engine = OciEngine(settings, instance, Network(settings, instance))
+        devboxes = Devboxes(
+            store,
+            engine,
+            executions,
+            looking,
+            files,
+            closing,
+            environment=base_environment(settings),
+            retention_s=settings.retention_seconds,
+        )
+        services = (store, devboxes, executions, looking, boxes, files, Places(streams_within(available)))
+        application = build(ROUTES, services, store=store, settings=settings, ready=lambda: ready.state)
+        await first_start(store, settings.state)
+        async with _listening(settings, application, closing, ready) as serving:
+            starting: asyncio.Future[object] = asyncio.ensure_future(_start(settings, engine, devboxes, ready, stack))
+            stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
+            try:
+                await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    starting.result()
+                    await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+                if serving.done():
+                    serving.result()
+            finally:
+                starting.cancel()
+                stopping.cancel()
+                await asyncio.gather(starting, stopping, return_exceptions=True)
+            systemd.notify("STOPPING=1")
+            _log.info("stopping; boxes go on")
+
+
+async def _start(
+    settings: Settings, engine: OciEngine, devboxes: Devboxes, ready: Readiness, stack: AsyncExitStack
+) -> None:
+    """Everything between a bound port and the first command: image, engine, reconciliation."""
+    image = await Images(settings).ensure_default(ready.progress)
+    ready.starting("the server is starting: it looks for the boxes that live")
+    await engine.open()
+    stack.push_async_callback(engine.close)
+    stack.push_async_callback(devboxes.close)
+    await devboxes.open(image, _rebooted(settings.state / "boot-id"))
+    ready.state = None
+    systemd.notify("READY=1")
+    _log.info("ready", url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
+
+
+@contextlib.asynccontextmanager
+async def _listening(
+    settings: Settings, application: Application, closing: Closing, ready: Readiness
+) -> AsyncIterator[asyncio.Future[object]]:
+    """Serve HTTP during the block; afterwards end streams and held answers in order, then close the port."""
+    server = Server(
+        application,
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGINL,
+        http=HTTPModes.auto,
+        websockets=False,
+        backlog=2048,
+        backpressure=4096,
+        log_enabled=False,
+    )
+    serving: asyncio.Future[object] = asyncio.ensure_future(server.serve())
+    try:
+        yield serving
+    finally:
+        ready.stopping()
+        closing.begin()
+        # The linger is not a wait for something: it is the time in which clients come back.
+        await asyncio.gather(application.drain(_DRAIN_S), asyncio.sleep(_LINGER_S))
+        server.stop()  # type: ignore[no-untyped-call]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await serving
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+def _rebooted(path: Path) -> bool:
+    """Whether the machine was started anew since a server last used this state folder."""
+    now = _BOOT_ID.read_text().strip()
+    before = path.read_text().strip() if path.exists() else now
+    path.write_text(now + "\n")
+    return now != before

@@ -1,0 +1,89 @@
+"""What is done in a new box before it is `running`: its user, its files, its launch commands. All may be done twice."""
+
+from __future__ import annotations
+
+import shlex
+from http import HTTPStatus
+
+from devboxd.access.files import Files
+from devboxd.agent.client import AgentError
+from devboxd.devboxes.store import Devbox
+from devboxd.errors import ApiError
+from devboxd.executions.box import Box
+from devboxd.executions.looking import Looking
+from devboxd.executions.output import DEFAULT_LINES
+from devboxd.executions.running import SETUP, Executions
+
+DEFAULT_USER = ("user", 1000)
+_REASON_LINES = 20
+_KILLED = 128 + 9
+
+_MAKE_USER = r"""
+set -e
+name={name} uid={uid}
+old=$(getent passwd "$uid" | cut -d: -f1 || true)
+if getent passwd "$name" >/dev/null; then
+  [ "$(id -u "$name")" = "$uid" ] || usermod -o -u "$uid" "$name"
+elif [ -n "$old" ] && [ "$uid" -ge 1000 ]; then
+  usermod -l "$name" -d "/home/$name" -m "$old"
+  ! getent group "$old" >/dev/null || groupmod -n "$name" "$old"
+else
+  useradd -m -o -u "$uid" -s /bin/bash "$name"
+fi
+if [ -d /etc/sudoers.d ]; then
+  printf '%s ALL=(ALL:ALL) NOPASSWD:ALL\n' "$name" >/etc/sudoers.d/devboxd-user
+  chmod 0440 /etc/sudoers.d/devboxd-user
+fi
+"""
+
+
+class PreparationError(Exception):
+    """A step before `running` failed; the text says which, with the end of its output. `killed`: by SIGKILL."""
+
+    def __init__(self, text: str, killed: bool = False) -> None:
+        super().__init__(text)
+        self.killed = killed
+
+
+def user_of(devbox: Devbox) -> str:
+    """The name of the user as whom commands run."""
+    user = devbox.launch_parameters.user_parameters
+    return user.username if user else DEFAULT_USER[0]
+
+
+async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Looking, files: Files) -> None:
+    """Do all steps in their order. Raises PreparationError at the first that fails."""
+    user = devbox.launch_parameters.user_parameters
+    if user is not None and user.uid != 0 and (user.username, user.uid) != DEFAULT_USER:
+        script = _MAKE_USER.format(name=shlex.quote(user.username), uid=user.uid)
+        await _run(executions, looking, box, script, "devboxd.user", SETUP, "making the user of user_parameters")
+    for path, content in devbox.file_mounts.items():
+        try:
+            await _mount(files, box, path, content.encode())
+        except (ApiError, AgentError, OSError) as error:
+            raise PreparationError(f"the file mount {path} failed: {error}") from error
+    commands = devbox.launch_parameters.launch_commands or []
+    for number, command in enumerate(commands, 1):
+        what = f"launch command {number} of {len(commands)} ({command[:200]})"
+        await _run(executions, looking, box, command, f"devboxd.launch.{number}", "launch", what)
+
+
+async def _mount(files: Files, box: Box, path: str, content: bytes) -> None:
+    """Write a file as the box's user, or as root where only root may."""
+    try:
+        await files.put(box, path, content)
+    except ApiError as error:
+        if error.code != HTTPStatus.FORBIDDEN:
+            raise
+        await files.put(box, path, content, user="root")
+
+
+async def _run(
+    executions: Executions, looking: Looking, box: Box, command: str, handle: str, purpose: str, what: str
+) -> None:
+    row = await executions.start(box.id, command, handle=handle, purpose=purpose)
+    row = await looking.completed(row)
+    if row.exit_status != 0:
+        view = looking.view(row, min(_REASON_LINES, DEFAULT_LINES))
+        said = f"{view.stdout or ''}{view.stderr or ''}".strip()[-4000:]
+        raise PreparationError(f"{what} exited with {row.exit_status}: {said}", row.exit_status == _KILLED)

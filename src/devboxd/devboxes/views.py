@@ -1,0 +1,264 @@
+"""The shapes of devboxes on the wire, and the pure rules for what may be asked for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from devboxd.engine.base import Resources
+from devboxd.errors import bad_request
+
+GIB = 1 << 30
+MAX_NAME = 1024
+MAX_MAP = 1024
+DEFAULT_LIFE_S = 3600
+MAX_LIFE_S = 172_800
+
+Size = Literal["X_SMALL", "SMALL", "MEDIUM", "LARGE", "X_LARGE", "XX_LARGE", "CUSTOM_SIZE"]
+
+SIZES: dict[str, tuple[float, int]] = {
+    "X_SMALL": (0.5, 1),
+    "SMALL": (1, 2),
+    "MEDIUM": (2, 4),
+    "LARGE": (2, 8),
+    "X_LARGE": (4, 16),
+    "XX_LARGE": (8, 32),
+}
+"""Size to (cpu cores, GiB of memory)."""
+
+
+class UserParameters(msgspec.Struct, frozen=True):
+    """The Linux user of a devbox; `uid` 0 is root."""
+
+    username: str
+    uid: int
+
+
+class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a devbox is launched with. Fields under `not yet` are refused when set."""
+
+    resource_size_request: Size | None = None
+    custom_cpu_cores: float | None = None
+    custom_gb_memory: int | None = None
+    custom_disk_size: int | None = None
+    architecture: Literal["x86_64", "arm64"] | None = None
+    user_parameters: UserParameters | None = None
+    launch_commands: list[str] | None = None
+    keep_alive_time_seconds: int | None = None
+    available_ports: list[int] | None = None
+    provisioning_tier: Literal["standard", "flex"] | None = None
+    # not yet
+    after_idle: Any = None
+    lifecycle: Any = None
+    network_policy_id: Any = None
+    required_services: Any = None
+
+
+class CreateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of create: all optional. Unknown fields are refused: they would ask for another devbox."""
+
+    name: str | None = None
+    environment_variables: dict[str, str] | None = None
+    file_mounts: dict[str, str] | None = None
+    entrypoint: str | None = None
+    launch_parameters: LaunchParameters | None = None
+    metadata: dict[str, str] | None = None
+    # not yet
+    mounts: Any = None
+    code_mounts: Any = None
+    secrets: Any = None
+    snapshot_id: Any = None
+    blueprint_id: Any = None
+    blueprint_name: Any = None
+    tunnel: Any = None
+    gateways: Any = None
+    mcp: Any = None
+    repo_connection_id: Any = None
+
+
+class UpdateDevbox(msgspec.Struct, frozen=True):
+    """A patch: absent leaves a field as it is, an empty value clears it."""
+
+    name: str | msgspec.UnsetType | None = msgspec.UNSET
+    metadata: dict[str, str] | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class WaitForStatus(msgspec.Struct, frozen=True):
+    """Which statuses end a wait, and after how many seconds it gives up."""
+
+    statuses: list[str]
+    timeout_seconds: float | None = None
+
+
+class StateTransition(msgspec.Struct, frozen=True):
+    """A status and when it began; `failure_reason` says in words what went wrong."""
+
+    status: str
+    transition_time_ms: int
+    failure_reason: str | None = None
+
+
+class DevboxView(msgspec.Struct, frozen=True):
+    """A devbox as clients see it."""
+
+    id: str
+    status: str
+    name: str | None
+    create_time_ms: int
+    end_time_ms: int | None
+    capabilities: list[str]
+    metadata: dict[str, str]
+    launch_parameters: LaunchParameters
+    state_transitions: list[StateTransition]
+    failure_reason: str | None
+    shutdown_reason: str | None
+    initiator_type: str = "api"
+    initiator_id: str | None = None
+    blueprint_id: str | None = None
+    snapshot_id: str | None = None
+    tunnel: None = None
+    gateway_specs: None = None
+    mcp_specs: None = None
+
+
+class DevboxListView(msgspec.Struct, frozen=True):
+    """A page of devboxes, newest first."""
+
+    devboxes: list[DevboxView]
+    has_more: bool
+    total_count: int | None
+
+
+_NOT_YET_CREATE = (
+    "mounts",
+    "code_mounts",
+    "secrets",
+    "snapshot_id",
+    "blueprint_id",
+    "blueprint_name",
+    "tunnel",
+    "gateways",
+    "mcp",
+    "repo_connection_id",
+)
+_NOT_YET_LAUNCH = ("after_idle", "lifecycle", "network_policy_id", "required_services")
+
+
+def _unsupported(field: str) -> Exception:
+    return bad_request(f"cannot create a devbox with {field}: this version does not support it; leave the field out")
+
+
+def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
+    """Check everything that a create asks for; return its launch parameters and the limits that follow.
+
+    Raises 400 that names the field. Null and empty count as absent (they ask for nothing).
+    """
+    launch = body.launch_parameters or LaunchParameters()
+    for field in _NOT_YET_CREATE:
+        if getattr(body, field):
+            raise _unsupported(field)
+    for field in _NOT_YET_LAUNCH:
+        if getattr(launch, field):
+            raise _unsupported(f"launch_parameters.{field}")
+    if launch.architecture == "arm64":
+        raise _unsupported("launch_parameters.architecture arm64")
+    if launch.provisioning_tier == "flex":
+        raise _unsupported("launch_parameters.provisioning_tier flex")
+    check_labels(body.name, body.metadata)
+    _check_environment(body.environment_variables or {})
+    _check_file_mounts(body.file_mounts or {})
+    _check_text("entrypoint", body.entrypoint or "")
+    for command in launch.launch_commands or ():
+        _check_text("launch_commands", command)
+        if not command.strip():
+            raise bad_request("cannot run an empty launch command: give each entry of launch_commands a text")
+    _check_user(launch.user_parameters)
+    _check_life(launch.keep_alive_time_seconds)
+    return launch, resources(launch)
+
+
+def check_labels(name: str | None, metadata: dict[str, str] | None) -> None:
+    """Raise 400 when a name or metadata is longer than the store keeps."""
+    if name is not None and len(name) > MAX_NAME:
+        raise bad_request(f"cannot use a name of {len(name)} characters: at most {MAX_NAME} are kept; shorten it")
+    if len(metadata or {}) > MAX_MAP:
+        raise bad_request(f"cannot keep {len(metadata or {})} metadata entries: at most {MAX_MAP}; drop some")
+    for key, value in (metadata or {}).items():
+        if not key or len(key) > MAX_NAME or len(value) > 16 * MAX_NAME:
+            raise bad_request(
+                f"cannot keep the metadata key {key[:64]!r}: keys have 1 to {MAX_NAME} characters, "
+                f"values at most {16 * MAX_NAME}"
+            )
+
+
+def _check_text(field: str, text: str) -> None:
+    if "\0" in text:
+        raise bad_request(f"cannot use {field} with a NUL character: no program of Linux can be given one; remove it")
+
+
+def _check_environment(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise bad_request(
+                f"cannot set the environment variable {name[:64]!r}: a name must not be empty or contain '=' or NUL, "
+                "and a value must not contain NUL"
+            )
+
+
+def _check_file_mounts(mounts: dict[str, str]) -> None:
+    for path in mounts:
+        if not path or "\0" in path:
+            raise bad_request(f"cannot write the file mount {path[:64]!r}: a path must not be empty or contain NUL")
+
+
+def _check_user(user: UserParameters | None) -> None:
+    if user is None:
+        return
+    plain = user.username.replace("-", "").replace("_", "").replace(".", "")
+    if (
+        not (plain.isascii() and plain.isalnum())
+        or len(user.username) > 32
+        or not (user.username[0].isalpha() or user.username[0] == "_")
+    ):
+        raise bad_request(
+            f"cannot use {user.username[:64]!r} as user_parameters.username: a letter, then at most 31 letters, "
+            "digits, '-', '_' or '.'"
+        )
+    if not 0 <= user.uid <= 65533:
+        raise bad_request(f"cannot use {user.uid} as user_parameters.uid: a devbox has the ids 0 to 65533")
+    if (user.uid == 0) != (user.username == "root"):
+        raise bad_request("cannot use these user_parameters: uid 0 and the name root belong together")
+
+
+def _check_life(seconds: int | None) -> None:
+    if seconds is not None and not 1 <= seconds <= MAX_LIFE_S:
+        raise bad_request(
+            f"cannot keep a devbox alive for {seconds} s: keep_alive_time_seconds is 1 to {MAX_LIFE_S} (48 hours)"
+        )
+
+
+def resources(launch: LaunchParameters) -> Resources:
+    """The limits that a size means. Raises 400 when a custom size breaks its rules (behaviour: sizes table)."""
+    size = launch.resource_size_request or "SMALL"
+    custom = (launch.custom_cpu_cores, launch.custom_gb_memory, launch.custom_disk_size)
+    if size != "CUSTOM_SIZE":
+        if any(value is not None for value in custom):
+            raise bad_request("cannot use custom_... sizes: set resource_size_request to CUSTOM_SIZE with them")
+        cores, gib = SIZES[size]
+        return Resources(cores, gib * GIB)
+    return _custom(launch.custom_cpu_cores, launch.custom_gb_memory, launch.custom_disk_size)
+
+
+def _custom(cores: float | None, gib: int | None, disk: int | None) -> Resources:
+    if cores is None or gib is None:
+        raise bad_request("cannot make a CUSTOM_SIZE devbox: custom_cpu_cores and custom_gb_memory are both needed")
+    if not (cores in (0.5, 1) or (cores % 2 == 0 and 2 <= cores <= 16)):
+        raise bad_request(f"cannot use {cores:g} as custom_cpu_cores: 0.5, 1 or an even number up to 16")
+    if not (gib == 1 or (gib % 2 == 0 and 2 <= gib <= 64)):
+        raise bad_request(f"cannot use {gib} as custom_gb_memory: 1 or an even number up to 64")
+    if disk is not None and not (disk % 2 == 0 and 2 <= disk <= 64):
+        raise bad_request(f"cannot use {disk} as custom_disk_size: an even number from 2 to 64")
+    if not 2 <= gib / cores <= 8:
+        raise bad_request(f"cannot combine {cores:g} cores with {gib} GiB: 2 to 8 GiB of memory belong to a core")
+    return Resources(cores, gib * GIB)

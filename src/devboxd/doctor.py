@@ -1,0 +1,421 @@
+"""`devboxd doctor`: what this machine offers, which walls are therefore up, and for each lack its cause and cure.
+
+The same checks decide whether `serve` starts: it refuses only for those of level `error`, with the same words. Where
+it can, a check does what the engine does later (mounts a box's root, loads the wall into an empty namespace) instead
+of guessing from versions; that needs root, and without root the rest is still told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from devboxd import probes
+from devboxd.budget import commands_within
+from devboxd.config import Settings
+from devboxd.devboxes.views import SIZES
+from devboxd.engine import cgroups, network, recipe
+from devboxd.engine.bundle import Seccomp
+from devboxd.engine.images import Images
+from devboxd.errors import SetupError
+
+Level = Literal["ok", "warning", "error"]
+_GIB = 1 << 30
+_POOLS = "198.18.0.0/15"
+_NETWORK_FILE_SYSTEMS = frozenset(
+    (
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gfs2", "ocfs2"),
+        *("beegfs", "gpfs", "vboxsf", "virtiofs", "prl_fs"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. `consequence` is the wall that stands, or what follows from the lack; `cure` is empty when ok."""
+
+    name: str
+    level: Level
+    found: str
+    consequence: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"cannot serve: {self.name}: {self.found}; {self.consequence}. What helps: {self.cure}"
+
+
+def checks(settings: Settings) -> list[Check]:
+    """Everything, in the order in which a person should read it."""
+    root = os.geteuid() == 0
+    found = [_root(root), *_tools(settings), _image(settings), *_settings(settings), _seccomp(settings)]
+    found += [_cgroups(), _namespaces(root), _state(settings), _space(settings)]
+    if root:
+        found += [_disks(settings), _append_only(settings), _nftables()]
+    found += [_loop(), _memory(), _open_files(), _inotify(), _processes()]
+    found += [*_neighbours(root), _selinux(), _names(settings), _lan(settings), _kernel(settings)]
+    return found
+
+
+def required(settings: Settings) -> list[Check]:
+    """What `serve` cannot do without and this machine lacks; empty when it can start."""
+    return [check for check in checks(settings) if check.level == "error"]
+
+
+def run(settings: Settings, as_json: bool) -> int:
+    """Print all checks. The result is the exit code: 0, or 2 when `serve` would refuse."""
+    found = checks(settings)
+    if as_json:
+        print(json.dumps([asdict(check) for check in found], indent=2))
+    else:
+        _show(found)
+    return 2 if any(check.level == "error" for check in found) else 0
+
+
+def _show(found: Iterable[Check]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    signs = {"ok": ("ok", "green"), "warning": ("!", "yellow"), "error": ("x", "bold red")}
+    counts = dict.fromkeys(signs, 0)
+    for check in found:
+        sign, style = signs[check.level]
+        counts[check.level] += 1
+        console.print(Text.assemble((f"{sign:>2} ", style), (check.name, "bold"), ": ", check.found))
+        console.print(Padding(Text(check.consequence, style="dim"), (0, 0, 0, 5)))
+        if check.cure:
+            console.print(Padding(Text.assemble(("cure: ", "cyan"), check.cure), (0, 0, 0, 5)))
+    end = "serve refuses to start" if counts["error"] else "serve can start here"
+    console.print(f"\n{end}: {counts['ok']} ok, {counts['warning']} to know about, {counts['error']} in the way")
+
+
+def _root(root: bool) -> Check:
+    if root:
+        return Check("Root", "ok", "doctor runs as root", "everything below was really tried")
+    return Check(
+        "Root",
+        "warning",
+        "doctor runs without root; disks, the append-only flag, rules of nftables and firewalls were not checked",
+        "serve needs root, because only root may make the boxes' namespaces and mounts",
+        "run it again with sudo",
+    )
+
+
+def _tools(settings: Settings) -> Iterator[Check]:
+    """Programs that the engine starts."""
+    name = Path(settings.runtime).name
+    version = probes.version_of(settings.runtime)
+    if version is None:
+        yield Check(
+            "OCI runtime",
+            "error",
+            f"{settings.runtime} is missing",
+            "nothing can start a box",
+            f"apt-get install {name}, dnf install {name}, or set runtime to crun or runc with its path",
+        )
+    else:
+        yield Check("OCI runtime", "ok", version, "it does all isolation of boxes")
+    for tool, package, purpose in (
+        ("ip", "iproute2", "boxes get no network"),
+        ("nft", "nftables", "there is no wall around the boxes' network"),
+        ("unshare", "util-linux", "namespaces of boxes cannot be made"),
+    ):
+        if probes.which(tool) is None:
+            yield Check(tool, "error", "missing", purpose, f"install the package {package}")
+
+
+def _image(settings: Settings) -> Check:
+    name = "Default image"
+    try:
+        image = Images(settings).default()
+    except SetupError as error:
+        return Check(name, "error", str(error), "it cannot be named", "correct the setting")
+    except PermissionError:
+        return Check(name, "warning", "not checked without root", "boxes start from it", "run doctor with sudo")
+    if image is not None:
+        return Check(name, "ok", f"built, {image.name}", "boxes start at once")
+    missing = [tool for tool in ("mmdebstrap", "setpriv", "tar") if probes.which(tool) is None]
+    if missing:
+        return Check(
+            name,
+            "error",
+            f"not built, and {', '.join(missing)} is missing",
+            "boxes have nothing to start from",
+            "apt-get install mmdebstrap debian-archive-keyring util-linux tar",
+        )
+    return Check(
+        name,
+        "warning",
+        "not built yet",
+        "the first start of serve builds it, which takes about a minute and needs a mirror of Debian",
+        "build it now: devboxd image build",
+    )
+
+
+def _settings(settings: Settings) -> Iterator[Check]:
+    """Settings whose form only their users know."""
+    name, consequence = "Settings", "the server does not guess what was meant"
+    try:
+        extra = recipe.certificates(settings)
+        network.networks(settings.deny_cidrs)
+        network.endpoints(settings.allow_endpoints)
+    except SetupError as error:
+        yield Check(name, "error", str(error), consequence, "correct it in the file of settings or the environment")
+        return
+    if extra:
+        count = f"{len(extra)} extra CA certificate{'s' if len(extra) > 1 else ''}"
+        yield Check("Certificates", "ok", count, "images and boxes trust them as this host does")
+    for variable in recipe.refused_proxies(os.environ):
+        yield Check(
+            "Proxy",
+            "warning",
+            f"{variable} names a proxy that boxes cannot use: it carries a password, or is this machine itself",
+            "it is not passed on to boxes, so tools in them go without a proxy",
+            "let the proxy listen on an address beyond loopback, without a password, and list it in allow_endpoints",
+        )
+
+
+def _seccomp(settings: Settings) -> Check:
+    name = "Seccomp"
+    if not Path("/proc/sys/kernel/seccomp/actions_avail").exists():
+        cure = "use a kernel with CONFIG_SECCOMP_FILTER, as all distributions ship it"
+        return Check(name, "error", "the kernel has no filter of system calls", "boxes reach all of the kernel", cure)
+    try:
+        Seccomp(settings.nested_user_namespaces, compiled="crun" in Path(settings.runtime).name)
+    except SetupError as error:
+        return Check(name, "error", str(error), "boxes reach all of the kernel", "apt-get install libseccomp2")
+    return Check(name, "ok", "the filter compiles", "boxes reach only the system calls that programs need")
+
+
+def _cgroups() -> Check:
+    name = "Cgroups"
+    pure = (cgroups.ROOT / "cgroup.controllers").exists()
+    try:
+        cgroups.find("doctor")
+    except SetupError as error:
+        cure = "mount cgroup2 at /sys/fs/cgroup and start the kernel without cgroup_disable"
+        return Check(name, "error", str(error), "boxes could take all memory and processors", cure)
+    version = "version 2" if pure else "version 1" + (" beside 2" if (cgroups.ROOT / "unified").exists() else "")
+    return Check(name, "ok", f"{version} with cpu, memory and pids", "each box is held to its size")
+
+
+def _namespaces(root: bool) -> Check:
+    name = "Namespaces"
+    missing = [kind for kind in ("user", "net", "cgroup", "pid", "mnt", "ipc", "uts") if not probes.namespace(kind)]
+    zero = [f"user.max_{kind}_namespaces" for kind in ("user", "net", "pid", "mnt") if probes.sysctl_is_zero(kind)]
+    if missing:
+        cure = "use a kernel of a distribution"
+        return Check(name, "error", f"the kernel has none for {', '.join(missing)}", "boxes cannot be isolated", cure)
+    if zero:
+        cure = f"sysctl -w {' '.join(f'{key}=65536' for key in zero)}"
+        return Check(name, "error", f"{', '.join(zero)} is 0", "boxes cannot be isolated", cure)
+    if root and (problem := probes.namespaces()):
+        cure = "allow them: inside a container, that one must run privileged"
+        return Check(name, "error", f"cannot be made: {problem}", "boxes cannot be isolated", cure)
+    return Check(name, "ok", "user, network, pid, mount and others", "root in a box is nobody on this host")
+
+
+def _state(settings: Settings) -> Check:
+    name = "State folder"
+    kind, point = probes.file_system(settings.state)
+    found = f"{settings.state} is on {kind} at {point}"
+    cure = "name a folder on a local disk (ext4, xfs, btrfs) with --state or DEVBOXD_STATE"
+    if kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse"):
+        return Check(name, "error", found, "locks, ids and the promise that nothing is lost do not hold there", cure)
+    if kind == "overlay":
+        return Check(name, "error", found, "disks of boxes cannot lie on an overlay, as inside another container", cure)
+    if kind in ("tmpfs", "ramfs"):
+        return Check(name, "warning", found, "boxes' disks use memory, and a reboot loses everything", cure)
+    return Check(name, "ok", found, "what was confirmed survives the server")
+
+
+def _space(settings: Settings) -> Check:
+    free = shutil.disk_usage(probes.existing(settings.state)).free
+    found = f"{free / _GIB:.0f} GiB are free for {settings.state}"
+    if free < 5 * _GIB:
+        return Check("Disk space", "warning", found, "a few boxes fill it", "free some, or move the state folder")
+    return Check("Disk space", "ok", found, "boxes share it; a box's disk has no limit of its own yet")
+
+
+def _disks(settings: Settings) -> Check:
+    name = "Overlay and mapped ids"
+    if problem := probes.box_root(settings.cache, settings.state):
+        return Check(
+            name,
+            "error",
+            f"a box's root cannot be mounted: {problem}",
+            "boxes cannot share images and have ids of their own",
+            "use Linux 5.19 or newer, with state and cache on ext4, xfs or btrfs",
+        )
+    return Check(name, "ok", "a box's root was mounted and written", "ids of a box mean nothing on this host")
+
+
+def _append_only(settings: Settings) -> Check:
+    name = "Append-only files"
+    if not probes.append_only(settings.state):
+        return Check(
+            name,
+            "warning",
+            "the file system of the state folder has no such flag",
+            "a program in a box that gets hold of its agent could overwrite the output of its own commands",
+            "keep the state folder on ext4, xfs or btrfs",
+        )
+    return Check(name, "ok", "the file system has the flag", "recorded output cannot be changed from inside a box")
+
+
+def _nftables() -> Check:
+    name = "Nftables"
+    if probes.which("nft") is None:
+        return Check(name, "error", "not tried, because nft is missing", "boxes have no wall", "install nftables")
+    if problem := probes.wall():
+        return Check(
+            name,
+            "error",
+            f"the kernel refuses the rules: {problem}",
+            "there is no wall around the boxes' network",
+            "load the modules nf_tables, nft_fib_inet, nft_masq and nft_ct, or use a kernel of a distribution",
+        )
+    wall = "boxes reach neither this host, nor each other, nor metadata services"
+    return Check(name, "ok", "the kernel takes the rules", wall)
+
+
+def _loop() -> Check:
+    if Path("/dev/loop-control").exists():
+        return Check("Loop devices", "ok", "present", "disks with limits can be made of files")
+    cure = "modprobe loop, where disks with limits are wanted"
+    return Check("Loop devices", "warning", "missing", "boxes' disks stay plain folders", cure)
+
+
+def _memory() -> Check:
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
+    cores = os.cpu_count() or 1
+    found = f"{gib:.0f} GiB of memory, {cores} processors"
+    larger = [size for size, (cpu, memory) in SIZES.items() if memory > gib or cpu > cores]
+    if larger:
+        return Check(
+            "Memory",
+            "warning",
+            found,
+            f"{', '.join(larger)} {'promises' if len(larger) == 1 else 'promise'} more than there is; sizes are "
+            "limits, not reservations, and when memory ends the kernel ends commands in boxes first",
+            "ask for smaller sizes, or use a larger machine",
+        )
+    return Check("Memory", "ok", found, "every size fits; sizes are limits, not reservations")
+
+
+def _open_files() -> Check:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    at_once = commands_within(hard)
+    found = f"at most {hard}, for about {at_once} commands at once"
+    if hard < 16384:
+        cure = "start it with ulimit -Hn 1048576, or LimitNOFILE=1048576 in the unit"
+        return Check("Open files", "warning", found, "more commands are answered with 429", cure)
+    return Check("Open files", "ok", found, "past that, commands are answered with 429")
+
+
+def _inotify() -> Check:
+    folder = Path("/proc/sys/fs/inotify")
+    instances, watches = (int((folder / f"max_user_{kind}").read_text()) for kind in ("instances", "watches"))
+    found = f"{instances} instances and {watches} watches for all boxes together"
+    if instances < 1024 or watches < 131072:
+        return Check(
+            "File watching",
+            "warning",
+            found,
+            "development servers and tail -f in many boxes fail with 'too many open files' or 'no space left'",
+            "sysctl -w fs.inotify.max_user_instances=8192 fs.inotify.max_user_watches=1048576",
+        )
+    return Check("File watching", "ok", found, "file watchers in boxes work")
+
+
+def _processes() -> Check:
+    most = int(Path("/proc/sys/kernel/pid_max").read_text())
+    found = f"kernel.pid_max is {most}; a box may have 4096"
+    if most < 65536:
+        cure = "sysctl -w kernel.pid_max=4194304"
+        return Check("Processes", "warning", found, "a few full boxes leave no process for this host", cure)
+    return Check("Processes", "ok", found, "a box that forks without end harms only itself")
+
+
+_CURES: dict[str, str] = {
+    "Docker": f"iptables -I DOCKER-USER -i {network.PREFIX}+ -j ACCEPT; "
+    f"iptables -I DOCKER-USER -o {network.PREFIX}+ -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT "
+    "(and once more after each start of Docker)",
+    "ufw": f"ufw route allow from {_POOLS}",
+    "firewalld": f"firewall-cmd --permanent --zone=trusted --add-source={_POOLS} && firewall-cmd --reload",
+    "": f"let it accept forwarded packets from interfaces {network.PREFIX}*, and answers to them",
+}
+
+
+def _neighbours(root: bool) -> Iterator[Check]:
+    """Other programs that filter the packets which this host forwards."""
+    names = [name for name, present in probes.firewalls().items() if present]
+    blocking = probes.forward_blockers() if root else []
+    name = "Firewalls"
+    if blocking:
+        culprits = [name for name in names if name in _CURES] or [""]
+        yield Check(
+            name,
+            "warning",
+            f"{', '.join(names) or 'another program'} drops forwarded packets (in {', '.join(blocking)})",
+            "boxes may reach nothing outside",
+            "; ".join(_CURES[culprit] for culprit in culprits),
+        )
+    elif names:
+        found = f"{', '.join(names)} found" + ("" if root else "; its rules were not checked")
+        yield Check(name, "ok", found, "it forwards what boxes send" if root else "it may stop what boxes send")
+    else:
+        yield Check(name, "ok", "no other one found", "this host forwards what boxes send, as serve switches on")
+
+
+def _selinux() -> Check:
+    if probes.selinux_enforces():
+        return Check(
+            "SELinux",
+            "warning",
+            "enforcing",
+            "boxes get no label of their own; a policy may forbid the runtime to start them",
+            "look for denials with ausearch -m avc, and allow what they name",
+        )
+    return Check("SELinux", "ok", "not enforcing", "nothing stands in the way of the runtime")
+
+
+def _names(settings: Settings) -> Check:
+    if direct := network.direct_servers(settings):
+        return Check("Names", "ok", f"boxes ask {', '.join(direct)}", "by the same way as everything else outside")
+    found = f"the server asks {', '.join(network.servers(settings))} for boxes"
+    return Check("Names", "ok", found, "inside each box, so that no port of this host is opened for it")
+
+
+def _lan(settings: Settings) -> Check:
+    if settings.deny_cidrs:
+        return Check(
+            "Network", "ok", f"denied: {', '.join(settings.deny_cidrs)}", "boxes reach everything else outside"
+        )
+    return Check(
+        "Network",
+        "warning",
+        "no network is denied to boxes",
+        "boxes reach every machine that this host reaches, those of the local network included",
+        "set deny_cidrs, for example to 10.0.0.0/8,172.16.0.0/12,192.168.0.0/16",
+    )
+
+
+def _kernel(settings: Settings) -> Check:
+    found = f"Linux {os.uname().release}, shared with all boxes"
+    if settings.nested_user_namespaces:
+        return Check(
+            "Kernel",
+            "warning",
+            f"{found}, with user namespaces inside boxes allowed",
+            "that opens more of the kernel to boxes; a hole in it is a hole in every wall",
+            "switch nested_user_namespaces off where no browser or bwrap needs it, and keep the kernel up to date",
+        )
+    return Check("Kernel", "ok", found, "a hole in it is a hole in every wall: keep it up to date")

@@ -1,0 +1,74 @@
+"""What the server asks of an engine, whatever isolates the boxes underneath."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Image:
+    """A root file system: its layers, lowest last, each a folder whose ids on disk start at 0."""
+
+    name: str
+    layers: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Limits of a box, never reservations."""
+
+    cpu_cores: float
+    memory_bytes: int
+    pids: int = 4096
+
+
+@dataclass(frozen=True)
+class BoxSpec:
+    """All that decides what a box is. No secret and no environment of commands is part of it."""
+
+    box_id: str
+    hostname: str
+    image: Image
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class BoxEnd:
+    """Why a box's pid 1 is gone: `oom` when the kernel killed for lack of memory, `status` as a shell shows it."""
+
+    oom: bool
+    status: int | None
+
+
+class Engine(Protocol):
+    """Boxes that outlive the server. Every method may be called again after a crash; none leaves half a box."""
+
+    async def open(self) -> None:
+        """Claim this machine's ranges under a lock, remove what dead servers left behind, fill the pools."""
+
+    async def close(self) -> None:
+        """Give back pools and locks; living boxes stay."""
+
+    async def create(self, spec: BoxSpec) -> None:
+        """Make and start a box; when this returns, its agent accepts at `agent_socket`. Raises EngineError."""
+
+    async def destroy(self, box_id: str) -> None:
+        """Kill everything in the box and free all that it held, its disk too. Unknown boxes are no error."""
+
+    async def boxes(self) -> dict[str, bool]:
+        """The boxes of this engine that have any trace on the machine, and whether their pid 1 lives."""
+
+    async def wait(self, box_id: str) -> BoxEnd:
+        """Return when the box's pid 1 has ended; at once when it already has. Cancelling is harmless."""
+
+    def agent_socket(self, box_id: str) -> Path:
+        """The socket of the box's agent."""
+
+    def oom_kills(self, box_id: str) -> int:
+        """How many processes of the box the kernel has killed for lack of memory so far."""
+
+
+class EngineError(Exception):
+    """The machine refused; the text says what was tried, why it failed and what helps."""

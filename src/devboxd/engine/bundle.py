@@ -1,0 +1,130 @@
+"""The config.json of a box. Nothing in it is secret: any process of the host's root and the runtime's state show it."""
+
+from __future__ import annotations
+
+import base64
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from devboxd.engine import linux, seccomp
+from devboxd.engine.base import BoxSpec
+from devboxd.engine.instance import IDS_PER_BOX
+
+AGENT = "/run/devboxd/init"
+CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW",
+        "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+    )
+]  # fmt: skip
+MASKED = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/scsi",
+    "/proc/sched_debug", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
+)  # fmt: skip
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+_MIB = 1 << 20
+_UNLIMITED = resource.RLIM_INFINITY
+_LIMITS = {
+    "AS": (_UNLIMITED, _UNLIMITED),
+    "CORE": (1, 1),  # the one value with which the kernel starts no core handler of the host
+    "CPU": (_UNLIMITED, _UNLIMITED),
+    "DATA": (_UNLIMITED, _UNLIMITED),
+    "FSIZE": (_UNLIMITED, _UNLIMITED),
+    "MEMLOCK": (8 * _MIB, 8 * _MIB),
+    "MSGQUEUE": (819200, 819200),
+    "NICE": (0, 0),
+    "NOFILE": (65536, 1048576),
+    "NPROC": (_UNLIMITED, _UNLIMITED),  # the pids cgroup is the limit
+    "RSS": (_UNLIMITED, _UNLIMITED),
+    "RTPRIO": (0, 0),
+    "SIGPENDING": (65536, 65536),
+    "STACK": (8 * _MIB, _UNLIMITED),
+}
+
+
+class Seccomp:
+    """The system call filter in the form that the runtime takes; compiled once, here, for crun."""
+
+    def __init__(self, nested_user_namespaces: bool, *, compiled: bool) -> None:
+        """Raises SetupError when libseccomp is missing."""
+        table = seccomp.rules(nested_user_namespaces)
+        self.linux: dict[str, Any] = {} if compiled else {"seccomp": seccomp.oci(table)}
+        program = base64.b64encode(seccomp.compile_filter(table)).decode() if compiled else ""
+        self.annotations = {"run.oci.seccomp_bpf_data": program} if compiled else {}
+
+
+def config(
+    spec: BoxSpec, root: Path, agent: Path, namespaces: Sequence[dict[str, str]], calls: Seccomp
+) -> dict[str, Any]:
+    """The whole config.json but for what only one runtime wants. `root` and `agent` are paths at the start."""
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": spec.hostname,
+        "root": {"path": str(root)},
+        "annotations": calls.annotations,
+        "mounts": _mounts(spec, agent),
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0, "umask": 0o022},
+            "args": [AGENT],
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "cwd": "/",
+            "capabilities": {kind: CAPABILITIES for kind in ("bounding", "effective", "permitted")},
+            "rlimits": rlimits(),
+            "noNewPrivileges": False,
+            "oomScoreAdj": max(0, linux.oom_adjustment()),  # less than this the machine does not permit
+        },
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "cgroup")] + list(namespaces),
+            "maskedPaths": list(MASKED),
+            "readonlyPaths": list(READ_ONLY),
+            **calls.linux,
+        },
+    }
+
+
+def mappings(first_uid: int) -> dict[str, Any]:
+    """The maps of a box's user namespace, for runtimes that cannot read them off the namespace."""
+    rows = [{"containerID": 0, "hostID": first_uid, "size": IDS_PER_BOX}]
+    return {"uidMappings": rows, "gidMappings": rows}
+
+
+def rlimits() -> list[dict[str, Any]]:
+    """Every limit, so that none comes from whoever started the server; none above what this host allows."""
+    rows = []
+    for name, (soft, hard) in _LIMITS.items():
+        allowed = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
+        least = [value for value in (hard, allowed) if value != _UNLIMITED]
+        hard = min(least) if least else _UNLIMITED
+        soft = hard if soft == _UNLIMITED or (hard != _UNLIMITED and hard < soft) else soft
+        rows.append({"type": f"RLIMIT_{name}", "soft": _unsigned(soft), "hard": _unsigned(hard)})
+    return rows
+
+
+def _unsigned(value: int) -> int:
+    """config.json has no negative limits: unlimited is the largest number of 64 bits."""
+    return value % (1 << 64)
+
+
+def _mounts(spec: BoxSpec, agent: Path) -> list[dict[str, Any]]:
+    inert = ["nosuid", "nodev", "noexec"]
+    shared = max(64 * _MIB, spec.resources.memory_bytes // 2)
+    rows: list[tuple[str, str, list[str]]] = [
+        ("/proc", "proc", inert),
+        ("/dev", "tmpfs", ["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]),
+        ("/dev/pts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/dev/shm", "tmpfs", [*inert, "mode=1777", f"size={shared}"]),  # noqa: S108
+        ("/dev/mqueue", "mqueue", inert),
+        ("/sys", "sysfs", [*inert, "ro"]),
+        ("/sys/fs/cgroup", "cgroup2", [*inert, "ro"]),
+        ("/run", "tmpfs", ["nosuid", "nodev", "mode=755"]),
+        ("/run/devboxd", "tmpfs", ["nosuid", "nodev", "mode=755", "size=64m"]),
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"destination": target, "type": kind, "source": kind, "options": options} for target, kind, options in rows
+    ]
+    options = ["bind", "ro", "nosuid", "nodev"]
+    return [*mounts, {"destination": AGENT, "type": "bind", "source": str(agent), "options": options}]

@@ -1,0 +1,295 @@
+"""Limits of boxes by cgroups, version 1 and 2 behind one interface.
+
+    <hierarchy>/devboxd-<instance>/server        the server, ten times the CPU weight of all boxes together
+                                  /boxes/<box>   one per box
+
+A server that systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual
+weight then. Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from devboxd.engine import linux
+from devboxd.engine.base import EngineError, Resources
+from devboxd.errors import SetupError
+
+ROOT = Path("/sys/fs/cgroup")
+_CONTROLLERS = ("cpu", "memory", "pids")
+_PERIOD_US = 100_000
+_PATIENCE_SECONDS = 10.0
+
+
+class Cgroups(ABC):
+    """The cgroups of one instance. Folders of boxes are named by their ids."""
+
+    def __init__(self, instance: str, root: Path) -> None:
+        self.name = f"devboxd-{instance}"
+        self.root = root
+        self._home: Path | None = None
+
+    @abstractmethod
+    def tops(self) -> list[Path]:
+        """The instance's folder in each hierarchy that limits boxes, the one that weighs CPU first."""
+
+    @abstractmethod
+    def hierarchies(self) -> list[Path]:
+        """All hierarchies in which a runtime may have made folders for boxes."""
+
+    @abstractmethod
+    def enable(self) -> None:
+        """Make limits possible below the instance's folder."""
+
+    @abstractmethod
+    def weigh(self, group: Path, tenths: int) -> None:
+        """Set a group's CPU weight; ten tenths is what each group has by itself."""
+
+    @abstractmethod
+    def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
+        """Which file of the box gets which text, in this order."""
+
+    @abstractmethod
+    def oom_kills(self, box_id: str) -> int:
+        """How many processes of the box the kernel has killed for lack of memory; 0 for unknown boxes."""
+
+    @abstractmethod
+    def entrances(self, box_id: str) -> list[Path]:
+        """The files into which a process with one thread writes 0 to enter the box."""
+
+    @abstractmethod
+    def show_unified(self) -> None:
+        """Let the calling thread's mount namespace look like pure version 2, the only one that crun accepts."""
+
+    def open(self) -> None:
+        """Make the parents, and bring the server into its own group. Raises SetupError."""
+        try:
+            for top in self.tops():
+                (top / "boxes").mkdir(parents=True, exist_ok=True)
+            in_unit = self._shelter_server()
+            self.enable()
+            self.weigh(self.tops()[0] if in_unit else self.tops()[0] / "server", 1 if in_unit else 100)
+        except OSError as error:
+            raise SetupError(
+                f"cannot set up cgroups in {self.tops()[0]}: {error}; be root with {self.root} writable, "
+                "and inside a container the only process besides its init"
+            ) from error
+
+    def close(self) -> None:
+        """Leave the server's group, and remove the parents when no box is left."""
+        if self._home is not None:
+            target = self._home if self._home.is_dir() else self.tops()[0].parent
+            with suppress(OSError):  # a group that got children meanwhile takes no processes any more
+                (target / "cgroup.procs").write_text(str(os.getpid()))
+            self._home = None
+        for hierarchy in self.hierarchies():
+            for group in ("server", "boxes", ""):
+                with suppress(OSError):
+                    (hierarchy / self.name / group).rmdir()
+
+    def create(self, box_id: str, resources: Resources) -> None:
+        """Make the box's cgroups with their limits."""
+        for top in self.tops():
+            (top / "boxes" / box_id).mkdir(exist_ok=True)
+        for file, text in self.limits(box_id, resources):
+            file.write_text(text)
+
+    def boxes(self) -> set[str]:
+        """The boxes that have a cgroup in any hierarchy."""
+        parents = [hierarchy / self.name / "boxes" for hierarchy in self.hierarchies()]
+        return {folder.name for parent in parents for folder in parent.glob("*/")}
+
+    async def remove(self, box_id: str) -> None:
+        """Kill everything in the box and remove its cgroups. Unknown boxes are no error.
+
+        The kernel takes dead processes out of their cgroup a moment after their end and version 1 announces that to
+        nobody, so a busy folder is tried again, with growing pauses. Raises EngineError after ten seconds.
+        """
+        deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
+        pause = 0.0005
+        while folders := [f for h in self.hierarchies() if (f := h / self.name / "boxes" / box_id).is_dir()]:
+            if not sum(self._remove_now(folder) for folder in folders):
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise EngineError(
+                    f"cannot remove the cgroup {folders[0]}: its processes do not die; look at them with ps, "
+                    "and at the kernel's log for a hanging disk"
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.1)
+
+    def _remove_now(self, folder: Path) -> bool:
+        """Kill what is inside and remove the folder; True when it is still busy."""
+        try:
+            for pid in (folder / "cgroup.procs").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            folder.rmdir()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENODEV):
+                raise
+            return error.errno == errno.EBUSY
+        return False
+
+    def _shelter_server(self) -> bool:
+        """Move the server into its group; True when it is in a unit's and stays there.
+
+        This comes before `enable`: version 2 enables nothing for the children of a group that has processes.
+        """
+        top = self.tops()[0]
+        home = own_cgroup(top.parent, "cpu")
+        if home.name.endswith(".service"):
+            return True
+        (top / "server").mkdir(exist_ok=True)
+        (top / "server" / "cgroup.procs").write_text(str(os.getpid()))
+        self._home = home
+        return False
+
+
+class Version1(Cgroups):
+    """A hierarchy per controller, perhaps with an empty version 2 beside them."""
+
+    def tops(self) -> list[Path]:
+        """One folder per controller; controllers mounted together share one."""
+        found = [self.root / name for name in (*_CONTROLLERS, "cpuacct") if (self.root / name).exists()]
+        return [path / self.name for path in dict.fromkeys(path.resolve() for path in found)]
+
+    def hierarchies(self) -> list[Path]:
+        """Each folder at the root but the aliases of controllers that are mounted together."""
+        return [path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink()]
+
+    def enable(self) -> None:
+        """Nothing to do: controllers are on everywhere."""
+
+    def weigh(self, group: Path, tenths: int) -> None:
+        """1024 shares are usual."""
+        (group / "cpu.shares").write_text(str(1024 * tenths // 10))
+
+    def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
+        """Memory before memory with swap: the latter may never be the smaller of the two."""
+        cpu, memory, pids = (self._box(name, box_id) for name in _CONTROLLERS)
+        yield cpu / "cpu.cfs_period_us", str(_PERIOD_US)
+        yield cpu / "cpu.cfs_quota_us", str(_quota(resources))
+        yield memory / "memory.limit_in_bytes", str(resources.memory_bytes)
+        if (memory / "memory.memsw.limit_in_bytes").exists():
+            yield memory / "memory.memsw.limit_in_bytes", str(resources.memory_bytes)
+        yield memory / "memory.swappiness", "0"
+        yield pids / "pids.max", str(resources.pids)
+
+    def oom_kills(self, box_id: str) -> int:
+        """From memory.oom_control."""
+        return _counter(self._box("memory", box_id) / "memory.oom_control", "oom_kill")
+
+    def entrances(self, box_id: str) -> list[Path]:
+        """`tasks`: to move a whole process the kernel waits for a grace period (20 ms), for a thread it does not."""
+        return [top / "boxes" / box_id / "tasks" for top in self.tops()]
+
+    def show_unified(self) -> None:
+        """crun refuses version 1 with controllers left to version 2, even when it is told to leave cgroups alone."""
+        unified = self.root / "unified"
+        if unified.is_dir():
+            linux.mount(str(unified), self.root, None, linux.MS_BIND)
+
+    def _box(self, controller: str, box_id: str) -> Path:
+        return self.root / controller / self.name / "boxes" / box_id
+
+
+class Version2(Cgroups):
+    """One hierarchy for all."""
+
+    def tops(self) -> list[Path]:
+        """One folder."""
+        return [self.root / self.name]
+
+    def hierarchies(self) -> list[Path]:
+        """One."""
+        return [self.root]
+
+    def enable(self) -> None:
+        """Hand the controllers that exist down to the boxes."""
+        existing = (self.root / "cgroup.controllers").read_text().split()
+        wanted = " ".join(f"+{name}" for name in _CONTROLLERS if name in existing)
+        for group in (self.root, self.root / self.name, self.root / self.name / "boxes"):
+            (group / "cgroup.subtree_control").write_text(wanted)
+
+    def weigh(self, group: Path, tenths: int) -> None:
+        """A weight of 100 is usual."""
+        if (group / "cpu.weight").exists():
+            (group / "cpu.weight").write_text(str(10 * tenths))
+
+    def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
+        """Out of memory kills one process, never all of the box: memory.oom.group is 0."""
+        box = self._box(box_id)
+        enabled = (self.tops()[0] / "boxes" / "cgroup.subtree_control").read_text().split()
+        if "cpu" in enabled:
+            yield box / "cpu.max", f"{_quota(resources)} {_PERIOD_US}"
+        if "memory" in enabled:
+            yield box / "memory.max", str(resources.memory_bytes)
+            yield box / "memory.oom.group", "0"
+            if (box / "memory.swap.max").exists():
+                yield box / "memory.swap.max", "0"
+        if "pids" in enabled:
+            yield box / "pids.max", str(resources.pids)
+
+    def oom_kills(self, box_id: str) -> int:
+        """From memory.events."""
+        return _counter(self._box(box_id) / "memory.events", "oom_kill")
+
+    def entrances(self, box_id: str) -> list[Path]:
+        """cgroup.procs: all threads of a process are in one cgroup here."""
+        return [self._box(box_id) / "cgroup.procs"]
+
+    def show_unified(self) -> None:
+        """Nothing: it is."""
+
+    def _box(self, box_id: str) -> Path:
+        return self.tops()[0] / "boxes" / box_id
+
+
+def find(instance: str, root: Path = ROOT) -> Cgroups:
+    """The version that this machine has. Raises SetupError when cpu, memory or pids cannot be limited."""
+    if (root / "cgroup.controllers").exists():
+        offered = (root / "cgroup.controllers").read_text().split()
+        version: Cgroups = Version2(instance, root)
+    else:
+        offered = [path.name for path in root.iterdir()] if root.is_dir() else []
+        version = Version1(instance, root)
+    if missing := [name for name in _CONTROLLERS if name not in offered]:
+        raise SetupError(
+            f"cannot limit boxes: {root} offers no cgroup controller for {', '.join(missing)}; "
+            "mount cgroups, or start the kernel without options that disable them"
+        )
+    return version
+
+
+def own_cgroup(hierarchy: Path, controller: str) -> Path:
+    """The folder of the calling process in a hierarchy; `controller` picks the line of version 1."""
+    unified = hierarchy
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return hierarchy / path.lstrip("/")
+        if not controllers:
+            unified = hierarchy / path.lstrip("/")
+    return unified
+
+
+def _quota(resources: Resources) -> int:
+    return max(1000, int(resources.cpu_cores * _PERIOD_US))
+
+
+def _counter(file: Path, name: str) -> int:
+    try:
+        rows = dict(line.split(" ", 1) for line in file.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(rows.get(name, "0"))

@@ -1,0 +1,160 @@
+"""The few Linux calls that Python 3.11 lacks, and small facts from /proc.
+
+Calls that change the calling thread alone (namespace, file system ids) say so: they belong into a thread that ends
+soon after, never into the event loop's.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 2, 4, 8, 32, 4096
+_MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
+_MNT_DETACH = 2
+_CLONE_NEWNS = 0x00020000
+_AT_EMPTY_PATH, _AT_FDCWD = 0x1000, -100
+_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
+_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_IDMAP = 2, 4, 8, 0x00100000
+_OOM = Path("/proc/self/oom_score_adj")
+_CAPABILITY_VERSION_3 = 0x20080522
+_PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO_SIZE = 0xC040FF0B, 1 << 3, 64
+
+
+def _check(result: int, what: str) -> int:
+    """The result of a call of libc, or OSError that carries its errno and what was tried."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _call(number: int, what: str, *arguments: int | bytes) -> int:
+    """A system call that libc has no name for; numbers above 424 are the same on every architecture."""
+    converted = [ctypes.c_char_p(a) if isinstance(a, bytes) else ctypes.c_long(a) for a in arguments]
+    return _check(_libc.syscall(ctypes.c_long(number), *converted), what)
+
+
+def private_mounts() -> None:
+    """Give the calling thread a mount namespace of its own, from which nothing reaches the host's."""
+    _check(_libc.unshare(_CLONE_NEWNS), "unshare the mount namespace")
+    mount("none", Path("/"), None, _MS_REC | _MS_SLAVE)
+
+
+def mount(source: str, target: Path | str, kind: str | None, flags: int = 0, data: str = "") -> None:
+    """mount(2). A relative target or relative names in `data` start at the working directory."""
+    name = kind.encode() if kind else None
+    result = _libc.mount(os.fsencode(source), os.fsencode(target), name, ctypes.c_ulong(flags), data.encode() or None)
+    _check(result, f"mount {kind or source} at {target}")
+
+
+def bind(source: Path, target: Path, user_namespace: int | None = None) -> None:
+    """Show a file or folder elsewhere, ids shifted by the map of the user namespace if one is given.
+
+    Limits of the mount that `source` lies on (nosuid, nodev, noexec) do not carry over.
+    """
+    tree = _call(_OPEN_TREE, f"clone {source}", _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    try:
+        cleared = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
+        mapped = (0, cleared, 0, 0) if user_namespace is None else (_ATTR_IDMAP, cleared, 0, user_namespace)
+        attributes = struct.pack("=4Q", *mapped)
+        _call(_MOUNT_SETATTR, f"map the ids of {source}", tree, b"", _AT_EMPTY_PATH, attributes, len(attributes))
+        what = f"attach {source} at {target}"
+        _call(_MOVE_MOUNT, what, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(tree)
+
+
+def unmount(target: Path) -> None:
+    """Detach a mount at once, with everything mounted below it; the last user lets it go."""
+    _check(_libc.umount2(os.fsencode(target), _MNT_DETACH), f"unmount {target}")
+
+
+def mount_points() -> list[str]:
+    """All mount points of this namespace, in the order of their making."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), line.split(" ")[4]) for line in lines]
+
+
+@contextmanager
+def file_system_ids(uid: int) -> Iterator[None]:
+    """The calling thread meets file systems as this uid and gid, and keeps all its capabilities meanwhile."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    held = ctypes.create_string_buffer(24)
+    _check(_libc.capget(header, held), "read the own capabilities")
+    _libc.setfsgid(uid)
+    _libc.setfsuid(uid)
+    try:
+        _check(_libc.capset(header, held), "keep the own capabilities")
+        yield
+    finally:
+        _libc.setfsuid(os.geteuid())
+        _libc.setfsgid(os.getegid())
+
+
+def start_time(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; None when it has ended (a zombie has ended)."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields and fields[0] not in "ZX" else None
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on; none when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def boot_id() -> str:
+    """Names this run of the machine: a pid of another one means nothing."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def exit_status(pid: int, pidfd: int) -> int | None:
+    """How an ended process ended, as a shell shows it.
+
+    A zombie's /proc entry tells; after its parent took note only the pidfd does, since Linux 6.14. None before that.
+    """
+    code = _reaped_code(pidfd)
+    if code is None and (fields := _stat(pid)) and fields[0] in "ZX":
+        code = int(fields[49])
+    if code is None:
+        code = _reaped_code(pidfd)
+    if code is None:
+        return None
+    return 128 + (code & 0x7F) if code & 0x7F else code >> 8 & 0xFF
+
+
+def _reaped_code(pidfd: int) -> int | None:
+    answer = array.array("B", struct.pack("=Q", _PIDFD_INFO_EXIT).ljust(_PIDFD_INFO_SIZE, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, answer)
+    except OSError:
+        return None
+    mask: int = struct.unpack_from("=Q", answer)[0]
+    code: int = struct.unpack_from("=i", answer, 60)[0]
+    return code if mask & _PIDFD_INFO_EXIT else None
+
+
+def spare_from_oom(adjustment: int) -> None:
+    """Make the kernel choose this process late when memory runs out, as far as it is permitted."""
+    with suppress(OSError):
+        _OOM.write_text(str(adjustment))
+
+
+def oom_adjustment() -> int:
+    """How early the kernel chooses this process when memory runs out."""
+    return int(_OOM.read_text())

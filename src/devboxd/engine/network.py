@@ -1,0 +1,350 @@
+"""The network of boxes: each in a namespace of its own with one routed link to the host, and a wall in nftables.
+
+Nothing is bridged. A box has one address, one neighbour (a gateway address that belongs to nobody) and a default route
+to it; both sides know the other's hardware address from the start, so no ARP is needed and all of it is dropped. Boxes
+have no IPv6 but on their loopback. One nftables table per server holds the whole wall for all slots at once: which
+address may come out of which link, and where it may go. So making a box changes no rule, and a restarted server puts
+the same rules in force in one transaction while connections go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from devboxd.config import Settings
+from devboxd.engine import dns
+from devboxd.engine.base import EngineError
+from devboxd.engine.blocking import finished
+from devboxd.engine.instance import Instance
+from devboxd.engine.netns import inside
+from devboxd.errors import SetupError
+
+PREFIX = "dbx"
+"""All links of all servers begin with this; the instance's id and the slot's index follow."""
+GATEWAY = "169.254.1.1"
+DENIED = ("169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32")
+"""Where the metadata services of clouds live; no box ever reaches them."""
+_GATEWAY_MAC = "ee:ee:ee:ee:ee:ee"
+_BOX_MAC = "02:00:00:00:00:02"
+_SYS = Path("/proc/sys/net")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A box's way out: the host's end `interface`, the box's only address, and its gateway."""
+
+    index: int
+    interface: str
+    address: str
+    gateway: str
+
+
+class Network:
+    """All links of one server. Methods on different slots may run at the same time, on one slot one after the other."""
+
+    def __init__(self, settings: Settings, instance: Instance) -> None:
+        """Raises SetupError when deny_cidrs, allow_endpoints or dns_servers do not have the form that they need."""
+        self._settings = settings
+        self._instance = instance
+        self._prefix = PREFIX + instance.id
+        self._denied = denied(settings)
+        self._endpoints = endpoints(settings.allow_endpoints)
+        self._forwarders: dict[int, dns.Forwarder] = {}
+        for server in settings.dns_servers:
+            if not dns.is_address(server):
+                raise SetupError(f"cannot use {server!r} in dns_servers: write an address, as in 192.0.2.53")
+        self._records = instance.directory / "dns"
+
+    async def open(self) -> None:
+        """Put the wall in force and let this host forward packets. Raises EngineError when the machine refuses."""
+        self._records.mkdir(mode=0o700, exist_ok=True)
+        rules = ruleset(self._instance, self._denied, self._endpoints)
+        await finished(lambda: _load(rules))
+
+    async def close(self) -> None:
+        """End the forwarders; the wall stays for as long as a link does."""
+        for forwarder in self._forwarders.values():
+            await forwarder.close()
+        self._forwarders.clear()
+        if not self._links():
+            await finished(lambda: _nft(_removal(self._instance.id)))
+
+    async def attach(self, index: int, netns: Path) -> Link:
+        """Connect the empty namespace bound to the file `netns`; what the slot had before is removed.
+
+        Raises EngineError, and then leaves nothing behind.
+        """
+        link = self._link(index)
+        await self.detach(index)
+        try:
+            await finished(lambda: _connect(link, netns))
+            if not direct_servers(self._settings):
+                await self._forward(index, netns)
+        except BaseException as error:
+            await self.detach(index)
+            if isinstance(error, OSError):
+                raise EngineError(f"cannot set up the network in {netns}: {error}") from error
+            raise
+        return link
+
+    async def detach(self, index: int) -> None:
+        """Remove the link of a slot and end its forwarder; nothing happens when there is none."""
+        if forwarder := self._forwarders.pop(index, None):
+            await forwarder.close()
+        (self._records / str(index)).unlink(missing_ok=True)
+        await finished(lambda: _disconnect([self._link(index).interface]))
+
+    async def adopt(self, living: Mapping[int, Path]) -> None:
+        """After a restart: keep the links of these slots, answer their DNS again, and remove all other links.
+
+        `living` gives for each slot a path to its network namespace that is good now.
+        """
+        await finished(lambda: _disconnect([self._link(index).interface for index in self._links() - set(living)]))
+        for record in list(self._records.iterdir()):
+            netns = living.get(int(record.name))
+            if netns is None:
+                record.unlink()
+            elif int(record.name) not in self._forwarders:
+                # A box that died meanwhile has no namespace any more; its owner finds that out by itself.
+                with contextlib.suppress(OSError):
+                    await self._forward(int(record.name), netns)
+
+    def resolv_conf(self, link: Link) -> str:
+        """The content of the box's /etc/resolv.conf."""
+        named = (dns.LISTEN,) if link.index in self._forwarders else direct_servers(self._settings)
+        lines = [f"nameserver {server}" for server in named]
+        return "\n".join([*lines, *dns.read_resolv_conf().rest]) + "\n"
+
+    def _link(self, index: int) -> Link:
+        return Link(index, f"{self._prefix}{index}", str(self._instance.address(index)), GATEWAY)
+
+    def _links(self) -> set[int]:
+        """The slots that have a link on this machine."""
+        names = [name for _, name in socket.if_nameindex() if name.startswith(self._prefix)]
+        return {int(name[len(self._prefix) :]) for name in names if name[len(self._prefix) :].isdigit()}
+
+    async def _forward(self, index: int, netns: Path) -> None:
+        forwarder = dns.Forwarder(lambda: servers(self._settings))
+        await forwarder.open(netns)
+        self._forwarders[index] = forwarder
+        (self._records / str(index)).touch()
+
+
+def servers(settings: Settings) -> tuple[str, ...]:
+    """The resolvers that answer boxes in the end: those of the settings, else those of the host."""
+    return settings.dns_servers or dns.read_resolv_conf().servers
+
+
+def direct_servers(settings: Settings) -> tuple[str, ...]:
+    """The resolvers to which boxes lead straight; none when the first one is out of their reach."""
+    walls = denied(settings)
+
+    def reachable(server: str) -> bool:
+        if ":" in server or any(ipaddress.IPv4Address(server) in network for network in walls):
+            return False
+        return not dns.is_local(server)
+
+    every = servers(settings)
+    within = tuple(filter(reachable, every))
+    return within if every[0] in within else ()
+
+
+def denied(settings: Settings) -> list[ipaddress.IPv4Network]:
+    """Every network that boxes may not reach, their own aside."""
+    return [*map(ipaddress.IPv4Network, DENIED), *networks(settings.deny_cidrs)]
+
+
+def ruleset(
+    instance: Instance,
+    forbidden: Iterable[ipaddress.IPv4Network],
+    allowed: Iterable[tuple[ipaddress.IPv4Address, int]],
+) -> str:
+    """The wall as text for `nft -f`, which replaces an older one of this instance in one transaction."""
+    links = f'iifname "{PREFIX}{instance.id}*"'
+    back = f'oifname "{PREFIX}{instance.id}*"'
+    boxes = ", ".join(f'"{PREFIX}{instance.id}{n}" . {instance.address(n)}' for n in range(instance.slots))
+    exceptions = ", ".join(f"{address} . {port}" for address, port in allowed)
+    nowhere = ", ".join(map(str, [instance.subnet, *forbidden]))
+    return f"""{_removal(instance.id)}
+table inet devboxd_{instance.id} {{
+  set boxes {{ type ifname . ipv4_addr; elements = {{ {boxes} }} }}
+  set denied {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {nowhere} }} }}
+  set endpoints {{ type ipv4_addr . inet_service; {f"elements = {{ {exceptions} }}" if exceptions else ""} }}
+
+  # Before connection tracking and before any address translation of other programs.
+  chain prerouting {{
+    type filter hook prerouting priority raw - 10; policy accept
+    {links} jump from_box
+  }}
+  chain from_box {{
+    meta nfproto != ipv4 drop
+    iifname . ip saddr != @boxes drop
+    ip daddr . tcp dport @endpoints accept
+    ip daddr @denied drop
+    fib daddr type {{ local, broadcast, anycast, multicast }} drop
+  }}
+  # Again after address translation: what looked like another host may lead to this one now.
+  chain input {{
+    type filter hook input priority filter - 10; policy accept
+    {links} ip daddr . tcp dport @endpoints accept
+    {links} drop
+  }}
+  chain forward {{
+    type filter hook forward priority filter - 10; policy accept
+    tcp flags syn {links} tcp option maxseg size set rt mtu
+    tcp flags syn {back} tcp option maxseg size set rt mtu
+    {links} oifname "{PREFIX}*" drop
+    # What belongs to no connection would leave with the box's own address, because nothing translates it.
+    {links} ct state invalid drop
+    {links} ip daddr . tcp dport @endpoints accept
+    {links} ip daddr @denied drop
+    {back} ct state established,related accept
+    {back} drop
+  }}
+  chain postrouting {{
+    type nat hook postrouting priority srcnat; policy accept
+    ip saddr {instance.subnet} oifname != "{PREFIX}*" masquerade
+  }}
+}}
+table arp devboxd_{instance.id} {{
+  chain input {{
+    type filter hook input priority filter; policy accept
+    {links} drop
+  }}
+}}
+"""
+
+
+def _removal(instance_id: str) -> str:
+    """Delete the tables of an instance; adding them first makes that succeed when there are none."""
+    tables = [f"{family} devboxd_{instance_id}" for family in ("inet", "arp")]
+    return "\n".join(f"table {table} {{}}\ndelete table {table}" for table in tables) + "\n"
+
+
+def _load(rules: str) -> None:
+    _nft(rules)
+    forwarding = _SYS / "ipv4/ip_forward"
+    try:
+        # Writing the same value again would reset other settings of the kernel.
+        if forwarding.read_text().strip() != "1":
+            forwarding.write_text("1")
+    except OSError as error:
+        raise EngineError(f"cannot let this host forward packets of boxes: {forwarding}: {error}") from error
+
+
+def _connect(link: Link, netns: Path) -> None:
+    _ip(
+        f"link add {link.interface} address {_GATEWAY_MAC} type veth peer name eth0 address {_BOX_MAC} netns {netns}",
+        f"link set {link.interface} addrgenmode none",
+    )
+    _set(f"ipv4/conf/{link.interface}/route_localnet", "0")
+    _set(f"ipv4/conf/{link.interface}/rp_filter", "1")
+    _set(f"ipv6/conf/{link.interface}/accept_ra", "0")
+    _set(f"ipv6/conf/{link.interface}/disable_ipv6", "1")
+    _ip(
+        f"link set {link.interface} up",
+        f"neigh replace {link.address} lladdr {_BOX_MAC} dev {link.interface} nud permanent",
+        f"route replace {link.address}/32 dev {link.interface}",
+    )
+    inside(netns, lambda: _configure(link))
+
+
+def _configure(link: Link) -> None:
+    """Runs inside the box's namespace, before anything of the box does."""
+    _set("ipv6/conf/all/accept_ra", "0")
+    _set("ipv6/conf/default/disable_ipv6", "1")
+    _set("ipv6/conf/eth0/disable_ipv6", "1")
+    _set("ipv4/ping_group_range", "0\t2147483647")
+    _set("ipv4/ip_unprivileged_port_start", "0")
+    _ip(
+        "link set lo up",
+        f"addr add {link.address}/32 dev eth0",
+        "link set eth0 up",
+        f"route add {link.gateway}/32 dev eth0 scope link",
+        f"neigh replace {link.gateway} lladdr {_GATEWAY_MAC} dev eth0 nud permanent",
+        f"route add default via {link.gateway} src {link.address}",
+    )
+
+
+def _set(name: str, value: str) -> None:
+    """Write a setting of the kernel; one of IPv6 may be missing together with IPv6 itself."""
+    try:
+        (_SYS / name).write_text(value)
+    except OSError as error:
+        if not (name.startswith("ipv6/") and not (_SYS / "ipv6").exists()):
+            raise EngineError(f"cannot set {_SYS / name} to {value.split()[0]}: {error}") from error
+
+
+def _disconnect(interfaces: Iterable[str]) -> None:
+    present = {name for _, name in socket.if_nameindex()}
+    commands = [f"link delete {name}" for name in interfaces if name in present]
+    if not commands:
+        return
+    try:
+        _ip(*commands, force=True)
+    except EngineError:
+        # A link also vanishes by itself when its namespace does; only one that is still there is an error.
+        if present & {name for _, name in socket.if_nameindex()} & {command.split()[-1] for command in commands}:
+            raise
+
+
+def _ip(*commands: str, force: bool = False) -> None:
+    _tool("ip", "iproute2", [*(["-force"] if force else []), "-batch", "-"], "\n".join(commands) + "\n")
+
+
+def _nft(rules: str) -> None:
+    _tool("nft", "nftables", ["-f", "-"], rules)
+
+
+def _tool(name: str, package: str, arguments: list[str], text: str) -> None:
+    program = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if program is None:
+        raise EngineError(f"cannot set up the network: {name} is missing; install the package {package}")
+    done = subprocess.run([program, *arguments], input=text, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        said = "; ".join(done.stderr.strip().splitlines()[:3])
+        raise EngineError(f"cannot set up the network: {name} said: {said}; `devboxd doctor` shows what is missing")
+
+
+def networks(texts: Iterable[str]) -> list[ipaddress.IPv4Network]:
+    """The IPv4 networks among `deny_cidrs`; those of IPv6 are denied anyway, because boxes have none.
+
+    Raises SetupError for what is no network.
+    """
+    found = []
+    for text in texts:
+        try:
+            network = ipaddress.ip_network(text.strip(), strict=False)
+        except ValueError as error:
+            raise SetupError(f"cannot use {text!r} in deny_cidrs: {error}; write it as in 10.0.0.0/8") from error
+        if isinstance(network, ipaddress.IPv4Network):
+            found.append(network)
+    return found
+
+
+def endpoints(texts: Iterable[str]) -> list[tuple[ipaddress.IPv4Address, int]]:
+    """The addresses and ports of `allow_endpoints`. Raises SetupError for what is none, or cannot work."""
+    found = []
+    for text in texts:
+        address, _, port = text.strip().rpartition(":")
+        try:
+            endpoint = ipaddress.IPv4Address(address), int(port)
+        except ValueError as error:
+            raise SetupError(
+                f"cannot use {text!r} in allow_endpoints: {error}; write it as in 192.0.2.1:3128"
+            ) from error
+        if endpoint[0].is_loopback or not 0 < endpoint[1] < 65536:
+            raise SetupError(
+                f"cannot use {text!r} in allow_endpoints: a box's loopback is its own and ports go from 1 to 65535; "
+                "let the service listen on another address of this host and name that one"
+            )
+        found.append(endpoint)
+    return found

@@ -1,0 +1,381 @@
+"""Boxes by an OCI runtime: crun, or runc by a setting. What exists of a box, in the order of its making:
+
+a slot (ids, network)     held by the server's descriptors until the box holds it
+<state>/boxes/<box>/      config.json, agent.sock, runtime.log; box.json last: without it the box is half made
+<state>/disks/<box>/      its writable layer
+cgroups                   named by the box
+<run>/<instance>/runtime  the runtime's own state
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+
+from devboxd.agent import agent_binary
+from devboxd.config import Settings
+from devboxd.engine import bundle, cgroups, linux, rootfs
+from devboxd.engine.base import BoxEnd, BoxSpec, EngineError
+from devboxd.engine.instance import Instance
+from devboxd.engine.namespaces import Slot, Slots
+from devboxd.engine.network import Network
+from devboxd.errors import SetupError
+
+_log = structlog.get_logger(__name__)
+
+_START_SECONDS = 60
+_ENTER = """
+for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
+echo 0 >/proc/self/oom_score_adj
+exec "$@" 3<&0 </dev/null
+"""
+"""Enters the cgroups and hands the socket on as descriptor 3, in the one process that then becomes the runtime.
+
+While it still has the host's privileges it also takes back what spares the server when memory runs out: else any
+process of the box could later claim the same for itself.
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What box.json says. A pid means something together with the start time and the run of the machine."""
+
+    boot: str
+    pid: int
+    started: int
+    slot: int
+
+    def lives(self) -> bool:
+        """Whether this very process exists."""
+        return self.boot == linux.boot_id() and linux.start_time(self.pid) == self.started
+
+
+class OciEngine:
+    """The engine of one instance. See `Engine` for what each method promises."""
+
+    def __init__(self, settings: Settings, instance: Instance, network: Network) -> None:
+        """Raises SetupError when the runtime, libseccomp or the controllers of cgroups are missing."""
+        runtime = shutil.which(settings.runtime, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        if runtime is None:
+            raise SetupError(
+                f"cannot find the OCI runtime {settings.runtime!r}; install it (Debian, Ubuntu: apt-get install crun)"
+            )
+        self._runtime = runtime
+        self._is_crun = "crun" in Path(runtime).name
+        self._instance = instance
+        self._network = network
+        self._agent = instance.state / "agent"
+        self._boxes = instance.state / "boxes"
+        self._place = instance.directory / "mnt"
+        self._states = instance.directory / "runtime"
+        self._slots = Slots(instance, network, settings.pool_size)
+        self._disks = rootfs.Disks(instance.state / "disks")
+        self._cgroups = cgroups.find(instance.id)
+        self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
+        self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+
+    async def open(self) -> None:
+        """Make the folders, remove half-made boxes, take back the slots of the others, fill the pool."""
+        linux.spare_from_oom(-900)
+        for folder in (self._boxes, self._states):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._place.mkdir(mode=0o755, exist_ok=True)
+        self._agent = _keep_agent(agent_binary(), self._instance.state / "agent")
+        try:
+            await self._open()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self) -> None:
+        self._disks.open()
+        self._cgroups.open()
+        records = {box_id: self._record(box_id) for box_id in self._traces()}
+        for box_id in (box_id for box_id, record in records.items() if record is None):
+            _log.info("removing a half-made box", box=box_id)
+            await self._remove(box_id)
+        known = [record for record in records.values() if record and record.boot == linux.boot_id()]
+        await self._network.open()
+        await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
+        await self._slots.open({record.slot for record in known})
+
+    async def close(self) -> None:
+        """Give back the pool, and all that is not needed while only boxes live."""
+        await self._slots.close()
+        await self._network.close()
+        self._cgroups.close()
+        self._disks.close()
+
+    async def create(self, spec: BoxSpec) -> None:
+        """Make and start a box. A living box of this id is left as it is; a half-made one is removed first."""
+        if record := self._record(spec.box_id):
+            if record.lives():
+                return
+            raise EngineError(f"cannot make the box {spec.box_id}: it has ended already; destroy it first")
+        async with self._starts:
+            await self._remove(spec.box_id)
+            slot = await self._slots.take()
+            try:
+                await _in_own_thread(lambda: self._make(spec, slot))
+            except BaseException as error:
+                await self._undo(spec.box_id, slot.index)
+                if isinstance(error, (OSError, subprocess.SubprocessError)):
+                    raise EngineError(f"cannot make the box {spec.box_id}: {error}") from error
+                raise
+            finally:
+                slot.close()
+
+    async def destroy(self, box_id: str) -> None:
+        """Kill everything in the box and free all that it held."""
+        record = self._record(box_id)
+        if record and record.lives():
+            await self._kill(record, box_id)
+        await self._remove(box_id)
+        if record and record.boot == linux.boot_id():
+            await self._slots.release(record.slot)
+
+    async def boxes(self) -> dict[str, bool]:
+        """All boxes with a trace, and whether their pid 1 lives."""
+        records = {box_id: self._record(box_id) for box_id in self._traces()}
+        return {box_id: bool(record and record.lives()) for box_id, record in records.items()}
+
+    async def wait(self, box_id: str) -> BoxEnd:
+        """Return when pid 1 has ended."""
+        record = self._record(box_id)
+        status = None
+        if record and (pidfd := _pidfd(record)) is not None:
+            try:
+                await _readable(pidfd)
+                status = linux.exit_status(record.pid, pidfd)
+            finally:
+                os.close(pidfd)
+        killed = status in (None, 128 + signal.SIGKILL)
+        return BoxEnd(oom=killed and self.oom_kills(box_id) > 0, status=status)
+
+    def agent_socket(self, box_id: str) -> Path:
+        """The socket of the box's agent; its path may be longer than an address of a socket can be."""
+        return self._boxes / box_id / "agent.sock"
+
+    def oom_kills(self, box_id: str) -> int:
+        """How many processes of the box the kernel has killed for lack of memory so far."""
+        return self._cgroups.oom_kills(box_id)
+
+    def _record(self, box_id: str) -> Record | None:
+        """None when the box is unknown or half made."""
+        try:
+            return Record(**json.loads((self._boxes / box_id / "box.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _traces(self) -> set[str]:
+        folders = (self._boxes, self._states)
+        found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
+        found |= self._cgroups.boxes() | self._disks.boxes()
+        return {name for name in found if not name.startswith(".")}  # crun keeps a cache of its own in .cache
+
+    def _make(self, spec: BoxSpec, slot: Slot) -> None:
+        """Everything about one box, in a thread with mounts of its own."""
+        folder = self._boxes / spec.box_id
+        folder.mkdir(mode=0o700)
+        link = slot.link
+        files = {
+            "etc/hostname": f"{spec.hostname}\n",
+            "etc/hosts": _hosts(spec.hostname, link.address),
+            "etc/resolv.conf": self._network.resolv_conf(link),
+        }
+        disk = self._disks.create(spec.box_id, files)
+        self._cgroups.create(spec.box_id, spec.resources)
+        (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
+        with _listen(folder) as listener:
+            linux.private_mounts()
+            rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
+            self._lend_agent()
+            self._start(spec.box_id, listener)
+        pid = int((folder / "pid").read_text())
+        started = linux.start_time(pid)
+        if started is None:
+            raise EngineError(f"cannot start the box {spec.box_id}: its agent ended at once")
+        record = Record(linux.boot_id(), pid, started, slot.index)
+        (folder / "box.new").write_text(json.dumps(asdict(record)))
+        (folder / "box.new").rename(folder / "box.json")
+
+    def _config(self, spec: BoxSpec, slot: Slot) -> dict[str, object]:
+        namespaces = [{"type": "user", "path": slot.user_path}, {"type": "network", "path": slot.net_path}]
+        place = self._place
+        config = bundle.config(spec, place / "root", place / "init", namespaces, self._calls)
+        if not self._is_crun:
+            config["linux"] |= bundle.mappings(self._instance.uid_base(slot.index))
+            config["linux"]["cgroupsPath"] = f"/{self._cgroups.name}/boxes/{spec.box_id}"
+        return config
+
+    def _lend_agent(self) -> None:
+        """The state folder is closed to the box's root, as whom the runtime mounts; so lead there another way."""
+        (self._place / "init").touch()
+        linux.bind(self._agent, self._place / "init")
+
+    def _start(self, box_id: str, listener: socket.socket) -> None:
+        folder = self._boxes / box_id
+        command = [self._runtime, "--root", str(self._states), "--log", str(folder / "runtime.log")]
+        with contextlib.ExitStack() as opened:
+            entrances = []
+            if self._is_crun:
+                command.append("--cgroup-manager=disabled")
+                for path in self._cgroups.entrances(box_id):
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, descriptor)
+                    entrances.append(f"/proc/{os.getpid()}/fd/{descriptor}")
+                self._cgroups.show_unified()
+            command += ["run", "--detach", "--preserve-fds", "1", "--bundle", str(folder)]
+            command += ["--pid-file", str(folder / "pid"), box_id]
+            environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
+            status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
+        if status:
+            raise EngineError(
+                f"cannot start the box {box_id}: {Path(self._runtime).name} said: {_last_words(folder)}; "
+                "`devboxd doctor` shows what this machine lacks"
+            )
+
+    async def _kill(self, record: Record, box_id: str) -> None:
+        """SIGKILL to pid 1, which takes its whole pid namespace along, and wait for that."""
+        if (pidfd := _pidfd(record)) is not None:
+            try:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                async with asyncio.timeout(_START_SECONDS):
+                    await _readable(pidfd)
+            except TimeoutError as error:
+                raise EngineError(f"cannot end the box {box_id}: pid {record.pid} ignores SIGKILL") from error
+            finally:
+                os.close(pidfd)
+
+    async def _undo(self, box_id: str, slot: int) -> None:
+        await self._remove(box_id)
+        await self._slots.release(slot)
+
+    async def _remove(self, box_id: str) -> None:
+        """Remove all traces, box.json with its folder last, so that a cut removal is found and repeated."""
+        await self._cgroups.remove(box_id)
+        if not self._is_crun and (self._states / box_id).exists():
+            command = (self._runtime, "--root", str(self._states), "delete", "--force", box_id)
+            process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+            await process.wait()
+        await asyncio.to_thread(shutil.rmtree, self._states / box_id, ignore_errors=True)
+        await self._disks.remove(box_id)
+        await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+
+
+def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int:
+    """Start a program without outputs and wait for its end by its pidfd: a wait with a timeout would poll."""
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=null, stderr=null, env=environment)
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        if not select.select([pidfd], [], [], _START_SECONDS)[0]:
+            process.kill()
+    finally:
+        os.close(pidfd)
+    return process.wait()
+
+
+def _keep_agent(source: Path, folder: Path) -> Path:
+    """A copy of the agent under its hash: replacing the package's file never touches what boxes run."""
+    content = source.read_bytes()
+    kept = folder / hashlib.sha256(content).hexdigest()
+    if not kept.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        temporary = folder / "new"
+        temporary.write_bytes(content)
+        temporary.chmod(0o755)
+        temporary.rename(kept)
+    return kept
+
+
+def _hosts(hostname: str, address: str) -> str:
+    return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{hostname}\n"
+
+
+def _listen(folder: Path) -> socket.socket:
+    """The agent's listening socket at `folder`/agent.sock, whatever the length of that path."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{descriptor}/agent.sock")
+        (folder / "agent.sock").chmod(0o600)
+        listener.listen(8)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.close(descriptor)
+    return listener
+
+
+def _last_words(folder: Path) -> str:
+    try:
+        lines = (folder / "runtime.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return "nothing"
+    return lines[-1] if lines else "nothing"
+
+
+def _pidfd(record: Record) -> int | None:
+    """A descriptor of the recorded process, None when it has ended. The start time is checked after opening."""
+    try:
+        pidfd = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return None
+    if record.lives():
+        return pidfd
+    os.close(pidfd)
+    return None
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def _in_own_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a new thread that ends with it, and never return before, so that a cancelled caller can clean up.
+
+    Threads of a pool would not do: the namespace and cgroup that `work` enters would stick to them.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=run, name="start").start()
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        while not done.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({done})
+        done.exception()
+        raise

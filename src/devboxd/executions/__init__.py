@@ -1,0 +1,1 @@
+"""Executions: commands in devboxes, never lost. The heart of the project."""

@@ -1,0 +1,221 @@
+"""The operations on executions: each checks the devbox, then does one thing."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import Response
+
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.errors import bad_request, timed_out
+from devboxd.executions.journals import Stream
+from devboxd.executions.looking import Looking
+from devboxd.executions.output import lines_wanted
+from devboxd.executions.running import Executions
+from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
+from devboxd.executions.views import (
+    Execute,
+    ExecuteAsync,
+    ExecuteSync,
+    ExecutionDetailView,
+    ExecutionView,
+    Kill,
+    SendStdIn,
+    SendStdInResult,
+)
+from devboxd.http.operation import Call
+from devboxd.http.streams import HELD_S, Places, events
+
+_STATUSES = frozenset({QUEUED, RUNNING, COMPLETED})
+_COMPLETED = frozenset({COMPLETED})
+_WAIT_S = 25.0
+
+
+class WaitForExecution(msgspec.Struct, frozen=True):
+    """Which statuses end a wait, and after how many seconds it gives up."""
+
+    statuses: list[str]
+    timeout_seconds: float | None = None
+
+
+async def execute(
+    devboxes: Devboxes,
+    executions: Executions,
+    looking: Looking,
+    call: Call,
+    devbox_id: str,
+    body: Execute,
+    last_n: str | None = None,
+) -> ExecutionView:
+    """Run a command and wait at most `optimistic_timeout` seconds (24 at most) for its end; it is never stopped."""
+    lines = lines_wanted(last_n)
+    _no_stdin(body.attach_stdin)
+    hold = _seconds(body.optimistic_timeout, _WAIT_S, "optimistic_timeout")
+    await _usable(devboxes, call, devbox_id)
+    row = await executions.start(
+        devbox_id, body.command, handle=body.command_id, shell_name=body.shell_name, once=call.once
+    )
+    reached = await looking.reached(row, _COMPLETED, hold)
+    return looking.view(reached or row, lines)
+
+
+async def execute_async(
+    devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteAsync
+) -> ExecutionView:
+    """Start a command and return at once; with `attach_stdin` it reads what send_std_in gives it."""
+    await _usable(devboxes, call, devbox_id)
+    row = await executions.start(
+        devbox_id,
+        body.command,
+        shell_name=body.shell_name,
+        attach_stdin=bool(body.attach_stdin),
+        once=call.once,
+        answers=True,
+    )
+    return looking.view(row, lines_wanted(None))
+
+
+async def execute_sync(
+    devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteSync
+) -> ExecutionDetailView:
+    """Run a command to its end, however long that takes."""
+    _no_stdin(body.attach_stdin)
+    await _usable(devboxes, call, devbox_id)
+    row = await executions.start(devbox_id, body.command, shell_name=body.shell_name, once=call.once)
+    return looking.detail(await looking.completed(row))
+
+
+async def retrieve_execution(
+    devboxes: Devboxes,
+    looking: Looking,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    last_n: str | None = None,
+) -> ExecutionView:
+    """The execution with its last lines of output so far."""
+    lines = lines_wanted(last_n)
+    return looking.view(await _find(devboxes, looking, call, devbox_id, execution_id), lines)
+
+
+async def wait_for_execution(
+    devboxes: Devboxes,
+    looking: Looking,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    body: WaitForExecution,
+    last_n: str | None = None,
+) -> ExecutionView:
+    """Hold the answer until the execution has one of the statuses; 408 when the time is over first."""
+    lines = lines_wanted(last_n)
+    wanted = frozenset(body.statuses)
+    if not wanted or not wanted <= _STATUSES:
+        raise bad_request("cannot wait for these statuses: give at least one of queued, running, completed")
+    hold = _seconds(body.timeout_seconds, _WAIT_S, "timeout_seconds")
+    row = await _find(devboxes, looking, call, devbox_id, execution_id)
+    reached = await looking.reached(row, wanted, hold)
+    if reached is None:
+        raise timed_out(f"cannot say yet that {execution_id} is {' or '.join(sorted(wanted))}; ask again")
+    return looking.view(reached, lines)
+
+
+async def kill_execution(
+    devboxes: Devboxes,
+    executions: Executions,
+    looking: Looking,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    body: Kill | None = None,
+) -> ExecutionView:
+    """End the launched process or its group: SIGTERM, then SIGKILL. An execution that has completed stays as it is."""
+    row = await _find(devboxes, looking, call, devbox_id, execution_id)
+    await executions.kill(row, bool(body is not None and body.kill_process_group))
+    row = await _find(devboxes, looking, call, devbox_id, execution_id)
+    return looking.view(row, lines_wanted(None))
+
+
+async def send_std_in(
+    devboxes: Devboxes,
+    executions: Executions,
+    looking: Looking,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    body: SendStdIn,
+) -> SendStdInResult:
+    """Give a running execution text, the end of its stdin (EOF) or an interrupt (SIGINT to its group)."""
+    if (body.signal is None) == (not body.text):
+        raise bad_request(
+            "cannot send to stdin: give exactly one of `text` (not empty) and `signal` (EOF or INTERRUPT)"
+        )
+    row = await _find(devboxes, looking, call, devbox_id, execution_id)
+    success = await executions.stdin.send(row, body.text, body.signal, call.once)
+    return SendStdInResult(devbox_id, row.handle, success)
+
+
+async def stream_stdout_updates(
+    devboxes: Devboxes,
+    looking: Looking,
+    places: Places,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    offset: str | None = None,
+) -> Response:
+    """Events with the standard output from byte `offset` on, until the execution has completed."""
+    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stdout", offset)
+
+
+async def stream_stderr_updates(
+    devboxes: Devboxes,
+    looking: Looking,
+    places: Places,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    offset: str | None = None,
+) -> Response:
+    """Events with the standard error from byte `offset` on, until the execution has completed."""
+    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stderr", offset)
+
+
+async def _stream(
+    devboxes: Devboxes,
+    looking: Looking,
+    places: Places,
+    call: Call,
+    devbox_id: str,
+    execution_id: str,
+    stream: Stream,
+    offset: str | None,
+) -> Response:
+    start = offset or "0"
+    if not (start.isascii() and start.isdigit() and len(start) <= 18):
+        raise bad_request(f"cannot use {start[:64]!r} as offset: the position of a byte, from 0")
+    row = await _find(devboxes, looking, call, devbox_id, execution_id)
+    return events(looking.stream(row, stream, int(start)), places)
+
+
+async def _find(devboxes: Devboxes, looking: Looking, call: Call, devbox_id: str, execution_id: str) -> Execution:
+    await devboxes.get(call.account, devbox_id)
+    return await looking.get(devbox_id, execution_id)
+
+
+async def _usable(devboxes: Devboxes, call: Call, devbox_id: str) -> None:
+    """Check that the devbox can run commands. A request that has begun one already is answered even after its end."""
+    if call.once.ref is None:
+        await devboxes.usable(call.account, devbox_id)
+    else:
+        await devboxes.get(call.account, devbox_id)
+
+
+def _no_stdin(attach: bool | None) -> None:
+    if attach:
+        raise bad_request("cannot attach stdin to a command that is waited for: use execute_async")
+
+
+def _seconds(asked: float | None, default: float, field: str) -> float:
+    if asked is not None and not asked >= 0:
+        raise bad_request(f"cannot wait {asked:g} s: {field} is a number of seconds from 0")
+    return min(default if asked is None else asked, HELD_S)

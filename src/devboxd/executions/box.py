@@ -1,0 +1,168 @@
+"""Boxes in service, and the executions in them that have not completed: the server's memory of what runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from devboxd.agent.client import AgentClient
+from devboxd.agent.protocol import Entry, EntryState, EntryType, encode_record
+from devboxd.errors import ApiError
+from devboxd.executions.journals import Spool
+from devboxd.executions.shells import SHELLS_MAX, Shell, shell_key
+from devboxd.executions.store import Execution
+from devboxd.http.streams import wait
+
+_PATIENCE_S = 5.0
+"""How long a request waits for an agent that is being connected, before it is told to come again."""
+
+
+@dataclass(eq=False)
+class Running:
+    """An execution that has not completed: its row and those who wait for it."""
+
+    row: Execution
+    committed: bool = True
+    """Whether the row is in the store; nothing may be done with the command before."""
+    killed: bool = False
+    """A kill was asked for: a command of which the agent was not told yet never starts."""
+    ending: bool = False
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    """The agent knows the command, or never will."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    wakes: set[asyncio.Event] = field(default_factory=set)
+    stdin: asyncio.Lock = field(default_factory=asyncio.Lock)
+    spool: Spool | None = None
+    position: int = 0
+
+    def changed(self, row: Execution) -> None:
+        """Take the new row and wake everybody who waits for a change."""
+        self.row = row
+        for event in self.wakes:
+            event.set()
+
+    def ended(self) -> None:
+        """Release everybody who waits for the agent's knowledge or for the end."""
+        self.told.set()
+        self.done.set()
+
+
+@dataclass(eq=False)
+class Box:
+    """A devbox in which commands can run: its agent, who runs them, and with which environment."""
+
+    id: str
+    user: str
+    environment: Mapping[str, str]
+    gone: str | None = None
+    """Why nothing runs here any more, once that is so."""
+    known: frozenset[str] = frozenset()
+    """The keys that the agent knew when it was connected."""
+    bashes: set[str] = field(default_factory=set)
+    """The keys of named shells that are thought to live; a wrong one costs a round trip."""
+    running: dict[str, Running] = field(default_factory=dict)
+    shells: dict[str, Shell] = field(default_factory=dict)
+    _agent: AgentClient | None = None
+    _attached: asyncio.Event = field(default_factory=asyncio.Event)
+    _on_lost: Callable[[], None] = lambda: None
+
+    @property
+    def agent(self) -> AgentClient:
+        """The connection to the agent, as it was last: requests on a lost one raise AgentClosedError.
+
+        Raises 503 before the first.
+        """
+        if self._agent is None:
+            raise unreachable(self.id)
+        return self._agent
+
+    def attach(self, agent: AgentClient, entries: Sequence[Entry], on_lost: Callable[[], None]) -> None:
+        """Use this connection, whose agent knows `entries`, from now on; `on_lost` is called once when it breaks."""
+        self._agent, self._on_lost = agent, on_lost
+        self.known = frozenset(entry.key for entry in entries)
+        self.bashes = {
+            entry.key for entry in entries if entry.type is EntryType.SHELL and entry.state is EntryState.RUNNING
+        }
+        self._attached.set()
+
+    def lost(self, agent: AgentClient | None = None) -> None:
+        """The connection, or the one named if it is still the present one, is broken."""
+        if agent in (None, self._agent) and self._attached.is_set() and self.gone is None:
+            self._attached.clear()
+            self._on_lost()
+
+    async def disconnect(self) -> None:
+        """Close the connection; the box goes on."""
+        self._attached.clear()
+        if self._agent is not None:
+            await self._agent.close()
+
+    async def end(self, why: str) -> None:
+        """Nothing runs here any more: whoever waits for the agent learns it."""
+        self.gone = why
+        self._attached.set()
+        if self._agent is not None:
+            await self._agent.close()
+
+    async def reach(self) -> AgentClient | None:
+        """The connected agent, however long that takes; None when the box has ended."""
+        await self._attached.wait()
+        return None if self.gone is not None else self.agent
+
+    async def reached(self) -> bool:
+        """Whether the agent is connected, now or within a time for which a request can wait."""
+        return (self._attached.is_set() or await wait(self._attached, _PATIENCE_S)) and self.gone is None
+
+    def has_place(self, shell_name: str) -> bool:
+        """Whether a command for this named shell can be taken: the number of shells is bounded."""
+        shells = self.bashes | {shell.key for shell in self.shells.values() if shell.busy}
+        return len(shells) < SHELLS_MAX or shell_key(shell_name) in shells
+
+    def shell(self, name: str) -> Shell:
+        """The named shell, a new one if there is none yet."""
+        return self.shells.setdefault(name, Shell(name))
+
+    def record(self, argv: list[str], script: bytes = b"", user: str | None = None) -> bytes:
+        """A spawn record for a user, the box's own if none is named, in its home."""
+        return encode_record(argv, self.environment, "", user or self.user, script)
+
+
+class Boxes:
+    """All boxes in service by their ids. A box is in service before its agent is connected, until all has ended."""
+
+    def __init__(self) -> None:
+        self._boxes: dict[str, Box] = {}
+
+    def add(self, box: Box) -> None:
+        """Take a box into service."""
+        self._boxes[box.id] = box
+
+    def remove(self, box: Box) -> None:
+        """Take a box out of service."""
+        self._boxes.pop(box.id, None)
+
+    def all(self) -> list[Box]:
+        """Every box in service."""
+        return list(self._boxes.values())
+
+    def find(self, box_id: str) -> Box | None:
+        """The box, when it is in service."""
+        return self._boxes.get(box_id)
+
+    async def reached(self, box_id: str) -> Box:
+        """The box with its agent connected. Raises 503 when that takes longer than a request can wait."""
+        box = self._boxes.get(box_id)
+        if box is None or not await box.reached():
+            raise unreachable(box_id)
+        return box
+
+    def running(self, row: Execution) -> Running | None:
+        """What is known of an execution that has not completed."""
+        box = self._boxes.get(row.devbox_id)
+        return None if box is None else box.running.get(row.id)
+
+
+def unreachable(box_id: str) -> ApiError:
+    """503: clients come again, and the box is reached then."""
+    return ApiError(503, f"cannot reach {box_id} at the moment: its agent is being connected; try again", retry=True)

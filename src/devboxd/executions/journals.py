@@ -1,0 +1,178 @@
+"""The files of executions on the host: two journals that only grow, and a spool of stdin.
+
+The agent appends to the journals and reads the spool; the server reads journals and writes the spool. A journal holds
+what a box wrote and is hostile: it is read by position up to a cap, never mapped, never trusted for its length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Stream = Literal["stdout", "stderr"]
+
+BLOCK = 64 * 1024
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_APPEND_FL = 0x20
+_PUNCH_HOLE_KEEP_SIZE = 0x03
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Journals:
+    """The folder of all journals, `state/journals/<devbox>/<execution>.{stdout,stderr,stdin}`."""
+
+    def __init__(self, folder: Path, cap: int) -> None:
+        self._folder = folder
+        self.cap = cap
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, devbox_id: str, execution_id: str, stream: str) -> Path:
+        """Where a stream of an execution lies."""
+        return self._folder / devbox_id / f"{execution_id}.{stream}"
+
+    def make(self, devbox_id: str, execution_id: str) -> None:
+        """Make both journals, empty, so that they can be watched before the command starts."""
+        (self._folder / devbox_id).mkdir(mode=0o700, exist_ok=True)
+        for stream in ("stdout", "stderr"):
+            os.close(
+                os.open(self.path(devbox_id, execution_id, stream), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            )
+
+    def discard(self, devbox_id: str, execution_id: str) -> None:
+        """Remove the journals of an execution that never was."""
+        for stream in ("stdout", "stderr"):
+            with contextlib.suppress(OSError):
+                self.path(devbox_id, execution_id, stream).unlink()
+
+    @contextlib.contextmanager
+    def opened(self, devbox_id: str, execution_id: str, stdin: bool) -> Iterator[tuple[int, int, int | None]]:
+        """Descriptors for the agent: both journals (append-only) and, when asked for, the spool (read-only).
+
+        Opening again after a crash finds what was written. The descriptors end with the block.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def opened(stream: str, flags: int) -> int:
+                path = self.path(devbox_id, execution_id, stream)
+                descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                stack.callback(os.close, descriptor)
+                return descriptor
+
+            out = opened("stdout", os.O_WRONLY | os.O_APPEND)
+            err = opened("stderr", os.O_WRONLY | os.O_APPEND)
+            _append_only(out, True)
+            _append_only(err, True)
+            yield out, err, opened("stdin", os.O_RDONLY) if stdin else None
+
+    def append(self, devbox_id: str, execution_id: str, stream: Stream, data: bytes) -> None:
+        """Add the server's own words (why a command could not start) to a journal."""
+        descriptor = os.open(self.path(devbox_id, execution_id, stream), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+    def length(self, devbox_id: str, execution_id: str, stream: Stream) -> int:
+        """How many bytes a journal holds, at most the cap; 0 when there is none."""
+        try:
+            return min(self.path(devbox_id, execution_id, stream).stat().st_size, self.cap)
+        except FileNotFoundError:
+            return 0
+
+    def reader(self, devbox_id: str, execution_id: str, stream: Stream) -> Reader:
+        """Open a journal for reading; one that is missing reads as empty."""
+        try:
+            path = self.path(devbox_id, execution_id, stream)
+            return Reader(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), self.cap)
+        except FileNotFoundError:
+            return Reader(None, self.cap)
+
+    def remove(self, devbox_id: str) -> None:
+        """Delete everything that the executions of a devbox left here."""
+        folder = self._folder / devbox_id
+        if not folder.exists():
+            return
+        for path in folder.iterdir():
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                _append_only(descriptor, False)
+            finally:
+                os.close(descriptor)
+        shutil.rmtree(folder)
+
+
+class Reader:
+    """A journal, read by position."""
+
+    def __init__(self, descriptor: int | None, cap: int) -> None:
+        self._descriptor = descriptor
+        self._cap = cap
+
+    def read(self, offset: int, size: int = BLOCK) -> bytes:
+        """At most `size` bytes from `offset`; empty at the end or past the cap. May return less than is there."""
+        size = min(size, self._cap - offset)
+        if self._descriptor is None or size <= 0:
+            return b""
+        return os.pread(self._descriptor, size, offset)
+
+    def read_all(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, or fewer where the journal is shorter."""
+        parts = []
+        while start < end and (part := self.read(start, min(end - start, 1 << 20))):
+            parts.append(part)
+            start += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Spool:
+    """The stdin of one execution: written at the committed length, so that a cut write is written over."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._freed = 0
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put all of `data` at `offset`. Raises OSError when the disk is full; nothing counts as taken then."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            offset += written
+            view = view[written:]
+
+    def free(self, position: int) -> None:
+        """Give the disk space before `position` back, in steps of 1 MiB; the agent has read it."""
+        step = 1 << 20
+        if position - self._freed >= step:
+            end = position - position % step
+            _libc.fallocate(self._descriptor, _PUNCH_HOLE_KEEP_SIZE, self._freed, end - self._freed)
+            self._freed = end
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._descriptor)
+
+
+def _append_only(descriptor: int, on: bool) -> None:
+    """Set or clear the append-only flag; `devboxd doctor` says where the file system has none."""
+    buffer = bytearray(8)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, buffer)
+        flags = int.from_bytes(buffer, "little")
+        wanted = flags | _FS_APPEND_FL if on else flags & ~_FS_APPEND_FL
+        if wanted != flags:
+            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, wanted.to_bytes(8, "little"))

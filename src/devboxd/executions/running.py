@@ -1,0 +1,477 @@
+"""Executions from their start to their end: the store first, then the agent, and every end exactly once.
+
+The order that keeps commands from being lost: the row is committed, then the agent is told, until it knows; the agent
+keeps an end until the row of the end is committed and acknowledged. After a crash `adopt` takes up what the store
+knows, and `attach` brings both sides together again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import structlog
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, ExitEvent
+from devboxd.agent.protocol import Entry, EntryState, Scope, Stage
+from devboxd.errors import ApiError, bad_request, conflict
+from devboxd.executions import store as rows
+from devboxd.executions.box import Box, Boxes, Running, unreachable
+from devboxd.executions.journals import Journals
+from devboxd.executions.looking import Looking
+from devboxd.executions.shells import READ_SCRIPT, SHELLS_MAX, Shell, shell_record
+from devboxd.executions.stdin import Stdin
+from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
+from devboxd.executions.views import view_of
+from devboxd.http.once import Once
+from devboxd.http.streams import wait
+from devboxd.ids import new_id
+from devboxd.store.db import Store, StoreError
+from devboxd.tasks import Tasks
+
+_log = structlog.get_logger()
+_HANDLE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_INLINE = 100 * 1024
+"""Longest command that goes into the argument vector; the kernel allows 128 KiB an argument."""
+SETUP = "setup"
+"""The purpose of commands that prepare a box as root."""
+KILL_GRACE_S = 5.0
+_STORE_AGAIN_S = 1.0
+_STARTING_S = 0.01
+_SIGKILL, _SIGTERM = 9, 15
+_KILLED, _TERMINATED = 128 + _SIGKILL, 128 + _SIGTERM
+_BEGINNINGS_OF_SHELLS = 3
+
+
+class Executions:
+    """All executions of all devboxes."""
+
+    def __init__(
+        self, store: Store, boxes: Boxes, journals: Journals, looking: Looking, *, per_box: int, in_all: int
+    ) -> None:
+        self.stdin = Stdin(store, boxes, journals)
+        self._store = store
+        self._journals = journals
+        self._looking = looking
+        self._per_box = per_box
+        self._in_all = in_all
+        self._running = 0
+        self._boxes = boxes
+        self._tasks = Tasks()
+
+    # -- boxes come and go ---------------------------------------------------------------------------------------
+
+    async def adopt(self, box: Box) -> Box:
+        """Take a box into service with all that has not completed there; the agent hears of it once it is attached.
+
+        A box that is in service already stays as it is, and is returned.
+        """
+        if (known := self._boxes.find(box.id)) is not None:
+            return known
+        for row in await self._store.read(lambda c: rows.unfinished(c, box.id)):
+            self._register(box, Running(row))
+            if row.shell_name is not None:
+                box.shell(row.shell_name).queue.append(box.running[row.id])
+            else:
+                self._tasks.start(self._tell(box, box.running[row.id]), f"start of {row.id}")
+        self._boxes.add(box)
+        for shell in box.shells.values():
+            self._work(box, shell)
+        return box
+
+    async def attach(self, box: Box, socket: Path, on_lost: Callable[[], None]) -> None:
+        """Connect to a box's agent. `on_lost` is called when the connection breaks later.
+
+        Raises AgentError or OSError when there is none to be had.
+        """
+        await box.disconnect()
+        agent = await AgentClient.connect(
+            socket, on_exit=partial(self._on_exit, box), on_stall=partial(_stalled, box.id), on_closed=box.lost
+        )
+        try:
+            entries = await _settled(agent)
+            if agent.closed:  # after its last answer: the box was not told, for it did not use it yet
+                raise AgentClosedError("cannot reach the devbox's agent: it went away")
+            box.attach(agent, entries, on_lost)
+        except BaseException:
+            await agent.close()
+            raise
+
+    async def detach(self, box_id: str, why: str) -> None:
+        """The box is gone: every execution that had not completed ends now, with what it wrote."""
+        box = self._boxes.find(box_id)
+        if box is None:
+            return
+        await box.end(why)
+        while box.running:
+            for running in list(box.running.values()):
+                if running.committed:
+                    await self._complete(box, running, _KILLED, error=why)
+                else:
+                    await running.done.wait()  # whoever commits it sees that the box is gone
+        self._boxes.remove(box)
+
+    async def close(self) -> None:
+        """Stop all background work; boxes and their commands go on without the server."""
+        await self._tasks.close()
+        for box in self._boxes.all():
+            await box.disconnect()
+
+    async def remove(self, devbox_id: str) -> None:
+        """Forget the executions and journals of a devbox that has ended."""
+        await self._store.write(lambda c: rows.remove(c, devbox_id))
+        await asyncio.to_thread(self._journals.remove, devbox_id)
+
+    def _register(self, box: Box, running: Running) -> None:
+        box.running[running.row.id] = running
+        self._running += 1
+
+    def _forget(self, box: Box, running: Running) -> None:
+        if box.running.pop(running.row.id, None) is not None:
+            self._running -= 1
+
+    # -- starting ------------------------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        box_id: str,
+        command: str,
+        *,
+        handle: str | None = None,
+        shell_name: str | None = None,
+        attach_stdin: bool = False,
+        purpose: str = "user",
+        once: Once | None = None,
+        answers: bool = False,
+    ) -> Execution:
+        """Start a command and return its row once it is committed and, outside of shells, the agent was told.
+
+        A `handle` that the box knows gives the execution that has it (409 when its command is another). `answers`:
+        the view of the new execution is the whole answer of the request, so it is stored with the row.
+        """
+        if once is not None and once.ref is not None:
+            return await self._looking.by_id(once.ref)
+        _check(command, handle if purpose == "user" else None, shell_name)
+        if handle is not None and (known := await self._known(box_id, handle, command)) is not None:
+            return known
+        box = await self._boxes.reached(box_id)
+        self._check_room(box, shell_name)
+        own_id = new_id("exe")
+        row = Execution(
+            own_id, box.id, handle or own_id, purpose, command, shell_name, attach_stdin, RUNNING,
+            None, None, None, None, False, False, 0, False, _now(), None,
+        )  # fmt: skip
+        running = Running(row, committed=False)
+        self._register(box, running)
+        begin = (
+            self._begin(box, running, once, answers)
+            if shell_name is None
+            else self._queue(box, box.shell(shell_name), running, once, answers)
+        )
+        try:
+            return await self._tasks.finish(begin, f"start of {own_id}")
+        except IntegrityError:
+            if handle is None or (known := await self._known(box_id, handle, command)) is None:
+                raise
+            return known
+
+    async def _begin(self, box: Box, running: Running, once: Once | None, answers: bool) -> Execution:
+        """Commit and tell. A task of its own: a caller that gives up leaves nothing half done."""
+        if await self._commit(box, running, once, answers):
+            await self._tell(box, running)
+        return running.row
+
+    async def _queue(self, box: Box, shell: Shell, running: Running, once: Once | None, answers: bool) -> Execution:
+        async with shell.order:
+            running.row = msgspec.structs.replace(running.row, status=QUEUED if shell.busy else RUNNING)
+            if await self._commit(box, running, once, answers):
+                shell.queue.append(running)
+                self._work(box, shell)
+        return running.row
+
+    async def _commit(self, box: Box, running: Running, once: Once | None, answers: bool) -> bool:
+        """Make the journals and write the row; whether the command may run. When it raises, nothing is left."""
+        row = running.row
+        answer = msgspec.json.encode(view_of(row, "", "", False, False)) if answers else None
+
+        def insert(connection: Connection) -> None:
+            rows.add(connection, row)
+            if once is not None:
+                once.bind(connection, row.id, answer)
+
+        try:
+            self._journals.make(box.id, row.id)
+            await self._store.write(insert)
+        except Exception as error:
+            self._journals.discard(box.id, row.id)
+            self._forget(box, running)
+            running.ended()
+            if isinstance(error, OSError):
+                raise StoreError(
+                    f"cannot start the command: its output cannot be kept ({error.strerror}); look after the disk "
+                    "of the server's state, then try again"
+                ) from error
+            raise
+        running.committed = True
+        if box.gone is not None:
+            await self._complete(box, running, _KILLED, error=box.gone)
+        return box.gone is None
+
+    def _check_room(self, box: Box, shell_name: str | None) -> None:
+        if len(box.running) >= self._per_box:
+            raise ApiError(
+                429, f"cannot start another command in {box.id}: {self._per_box} run there, the limit; wait for some"
+            )
+        if self._running >= self._in_all:
+            raise ApiError(
+                429,
+                f"cannot start another command: {self._in_all} run on this server, the limit that follows from "
+                "its number of open files (LimitNOFILE)",
+            )
+        if shell_name is not None and not box.has_place(shell_name):
+            raise ApiError(
+                429,
+                f"cannot begin another named shell in {box.id}: it has {SHELLS_MAX} shells, the limit; use one of "
+                "them or end one with `exit`",
+                retry=False,
+            )
+
+    async def _known(self, box_id: str, handle: str, command: str) -> Execution | None:
+        row = await self._store.read(lambda c: rows.by_handle(c, box_id, handle))
+        if row is not None and row.command != command:
+            raise conflict(
+                f"cannot use the command_id {handle} again: it belongs to another command; make a new one for each"
+            )
+        return row
+
+    # -- telling the agent ---------------------------------------------------------------------------------------
+
+    async def _tell(self, box: Box, running: Running) -> None:
+        """Hand a command to the agent, however often the connection breaks. One that cannot start completes."""
+        row = running.row
+        while running.row.status != COMPLETED and (agent := await box.reach()) is not None:
+            if running.killed:
+                await self._complete(box, running, _TERMINATED, error="it was killed before it began")
+                return
+            try:
+                if row.id not in box.known:
+                    await self._hand_over(box, agent, row)
+            except AgentClosedError:
+                box.lost(agent)  # whether the agent took it is known when it is connected again
+                continue
+            except (AgentError, OSError) as error:
+                if not (isinstance(error, AgentError) and error.stage is Stage.DUPLICATE):
+                    await self._cannot_start(box, running, error)
+                    return
+            running.told.set()
+            await self.stdin.tell(agent, running)
+            return
+
+    async def _hand_over(self, box: Box, agent: AgentClient, row: Execution) -> None:
+        with self._journals.opened(box.id, row.id, row.attach_stdin) as (out, err, stdin):
+            if row.shell_name is not None:
+                await self._run_in_shell(box, agent, box.shell(row.shell_name), row, (out, err, stdin))
+                return
+            text = row.command.encode()
+            user = "root" if row.purpose == SETUP else None
+            if len(text) <= _INLINE:
+                record = box.record(["bash", "-lc", row.command], user=user)
+            else:
+                record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
+            await agent.spawn(row.id, record, out, err, stdin, self._journals.cap)
+
+    async def _cannot_start(self, box: Box, running: Running, error: AgentError | OSError) -> None:
+        missing = isinstance(error, AgentError) and error.errno == errno.ENOENT
+        why = f"{error}\n" if isinstance(error, AgentError) else f"cannot start the command: {error}\n"
+        try:
+            self._journals.append(box.id, running.row.id, "stderr", why.encode())
+        except OSError as full:
+            _log.error("cannot write a journal", execution=running.row.id, error=str(full))
+        await self._complete(box, running, 127 if missing else 126, error=why.strip())
+
+    # -- ending --------------------------------------------------------------------------------------------------
+
+    def _on_exit(self, box: Box, event: ExitEvent) -> None:
+        """An end that the agent tells; it is told again until it is acknowledged."""
+        self._tasks.start(self._exited(box, event), f"end of {event.key}")
+
+    async def _exited(self, box: Box, event: ExitEvent) -> None:
+        if (agent := await box.reach()) is None:
+            return
+        box.bashes.discard(event.key)
+        if (running := box.running.get(event.key)) is not None:
+            if event.shell_died and running.row.shell_name is not None:
+                box.bashes.discard(box.shell(running.row.shell_name).key)
+            await self._complete(box, running, event.status, event=event)
+        try:
+            await agent.ack(event.key)
+        except (AgentError, AgentClosedError) as error:
+            _log.debug("an end was not acknowledged", key=event.key, error=str(error))
+
+    async def _complete(
+        self, box: Box, running: Running, status: int, *, error: str | None = None, event: ExitEvent | None = None
+    ) -> None:
+        """Store the end of an execution and tell everybody; the first that calls decides which end it is."""
+        if running.ending:
+            await running.done.wait()
+            return
+        running.ending = True
+        done = self._ended(running.row, status, error, event)
+        await self._persist(partial(_write_end, done))
+        self._forget(box, running)
+        running.changed(done)
+        running.ended()
+        await self.stdin.remove(running)
+
+    async def _persist(self, change: Callable[[Connection], None]) -> None:
+        """Write what must be written; a store that refuses (its disk is full) is tried until it can."""
+        while True:
+            try:
+                return await self._store.write(change)
+            except StoreError as full:
+                _log.error("cannot store what an execution does; trying again", error=str(full))
+                await asyncio.sleep(_STORE_AGAIN_S)
+
+    def _ended(self, row: Execution, status: int, error: str | None, event: ExitEvent | None) -> Execution:
+        out = self._journals.length(row.devbox_id, row.id, "stdout")
+        err = self._journals.length(row.devbox_id, row.id, "stderr")
+        return msgspec.structs.replace(
+            row,
+            status=COMPLETED,
+            exit_status=status,
+            error=error,
+            stdout_length=min(out, event.stdout_length) if event else out,
+            stderr_length=min(err, event.stderr_length) if event else err,
+            stdout_truncated=event.stdout_truncated if event else False,
+            stderr_truncated=event.stderr_truncated if event else False,
+            end_time_ms=_now(),
+        )
+
+    # -- named shells --------------------------------------------------------------------------------------------
+
+    def _work(self, box: Box, shell: Shell) -> None:
+        if shell.worker is None or shell.worker.done():
+            shell.worker = self._tasks.start(self._run_queue(box, shell), f"shell of {box.id}")
+
+    async def _run_queue(self, box: Box, shell: Shell) -> None:
+        """Let the commands of a shell run, one after the other."""
+        while shell.queue:
+            running = shell.queue[0]
+            if running.row.status == QUEUED and box.gone is None and not running.killed:
+                await self._persist(partial(_write_running, running.row.id))
+                if running.row.status == QUEUED:
+                    running.changed(msgspec.structs.replace(running.row, status=RUNNING))
+            await self._tell(box, running)
+            await running.done.wait()
+            shell.queue.popleft()
+
+    async def _run_in_shell(
+        self, box: Box, agent: AgentClient, shell: Shell, row: Execution, files: tuple[int, int, int | None]
+    ) -> None:
+        """Give a command to the living bash, or to a new one that starts from the last record."""
+        for _ in range(_BEGINNINGS_OF_SHELLS):
+            if shell.key not in box.bashes:
+                await self._begin_shell(box, agent, shell)
+            try:
+                return await agent.run(shell.key, row.id, row.command.encode(), *files, self._journals.cap)
+            except AgentError as error:
+                if error.stage is not Stage.LOOKUP:
+                    raise
+                box.bashes.discard(shell.key)
+        raise AgentError(Stage.EXEC, errno.ECHILD)
+
+    async def _begin_shell(self, box: Box, agent: AgentClient, shell: Shell) -> None:
+        with contextlib.suppress(AgentError):
+            await agent.ack(shell.key)  # the end of an earlier bash, if there is one, would hold the key
+        try:
+            await agent.shell(shell.key, box.record(*shell_record(shell.key)))
+        except AgentError as error:
+            if error.stage is not Stage.DUPLICATE:
+                raise
+        box.bashes.add(shell.key)
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    async def kill(self, row: Execution, group: bool) -> None:
+        """End a command: SIGTERM, after a grace SIGKILL. One that has not begun never does; an ended one stays.
+
+        Raises 503 while the devbox's agent is being connected.
+        """
+        running = self._boxes.running(row)
+        if running is None:
+            return
+        running.killed = True
+        box = await self._boxes.reached(row.devbox_id)
+        shell = box.shells.get(row.shell_name) if row.shell_name is not None else None
+        if shell is not None and shell.drop(running):
+            await self._complete(box, running, _TERMINATED, error="it was killed before it began")
+            return
+        await wait(running.told, KILL_GRACE_S)
+        for number in (_SIGTERM, _SIGKILL):
+            try:
+                await box.agent.signal(row.id, number, Scope.GROUP if group else Scope.PROCESS)
+            except AgentClosedError as error:
+                raise unreachable(box.id) from error
+            except AgentError as error:
+                _log.debug("a signal was not delivered", execution=row.id, error=str(error))
+            if await wait(running.done, KILL_GRACE_S):
+                if group and number == _SIGTERM:
+                    self._tasks.start(self._kill_rest(box, row), f"kill of the rest of {row.id}")
+                return
+
+    async def _kill_rest(self, box: Box, row: Execution) -> None:
+        """The leader of a group obeyed SIGTERM; whoever of the group did not is killed after the grace."""
+        await asyncio.sleep(KILL_GRACE_S)
+        with contextlib.suppress(AgentError, AgentClosedError, ApiError):
+            await box.agent.signal(row.id, _SIGKILL, Scope.GROUP)
+
+
+def _check(command: str, handle: str | None, shell_name: str | None) -> None:
+    if not command.strip():
+        raise bad_request("cannot run an empty command: give `command` a text")
+    if "\0" in command:
+        raise bad_request("cannot run a command with a NUL character: no shell can be given one; remove it")
+    if handle is not None and not _HANDLE.fullmatch(handle):
+        raise bad_request(
+            f"cannot use {handle[:64]!r} as command_id: 1 to 128 letters, digits, '-' or '_', such as a UUID"
+        )
+    if shell_name is not None and (not shell_name or len(shell_name) > 256 or "\0" in shell_name):
+        raise bad_request("cannot use this shell_name: it has 1 to 256 characters, none of them NUL")
+
+
+async def _settled(agent: AgentClient) -> list[Entry]:
+    """What the agent knows, once it knows of each whether it could start: nobody would hear of a late failure."""
+    while True:
+        entries = await agent.list()
+        if all(entry.state is not EntryState.STARTING for entry in entries):
+            return entries
+        await asyncio.sleep(_STARTING_S)  # the agent does not tell by itself
+
+
+def _write_end(done: Execution, connection: Connection) -> None:
+    rows.complete(connection, done)
+
+
+def _write_running(execution_id: str, connection: Connection) -> None:
+    rows.set_running(connection, execution_id)
+
+
+def _stalled(box_id: str, key: str, number: int) -> None:
+    if number:
+        _log.error("a journal cannot be written; its command waits", devbox=box_id, key=key, error=os.strerror(number))
+    else:
+        _log.info("a journal is written again", devbox=box_id, key=key)
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,136 @@
+"""Rows of executions: the statements, built once, and the record that they give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+
+from devboxd.store.schema import executions as table
+
+COMPLETED = "completed"
+RUNNING = "running"
+QUEUED = "queued"
+
+
+class Execution(msgspec.Struct, frozen=True):
+    """An execution as the store has it; `handle` is its id on the wire."""
+
+    id: str
+    devbox_id: str
+    handle: str
+    purpose: str
+    command: str
+    shell_name: str | None
+    attach_stdin: bool
+    status: str
+    exit_status: int | None
+    error: str | None
+    stdout_length: int | None
+    stderr_length: int | None
+    stdout_truncated: bool
+    stderr_truncated: bool
+    stdin_length: int
+    stdin_eof: bool
+    create_time_ms: int
+    end_time_ms: int | None
+
+
+_BY_HANDLE = select(table).where(table.c.devbox_id == bindparam("box"), table.c.handle == bindparam("handle"))
+_BY_ID = select(table).where(table.c.id == bindparam("id"))
+_OPEN = select(table).where(table.c.devbox_id == bindparam("box"), table.c.status != COMPLETED).order_by(table.c.id)
+COMMAND_SHOWN = 1024
+"""Most characters of a command in a list of executions."""
+_SHORT = [column for column in table.c if column.name != "command"]
+_INSERT = insert(table)
+_STDIN = (
+    update(table)
+    .where(table.c.id == bindparam("key"))
+    .values(stdin_length=bindparam("length"), stdin_eof=bindparam("eof"))
+)
+_RUNNING = update(table).where(table.c.id == bindparam("key"), table.c.status == QUEUED).values(status=RUNNING)
+_COMPLETE = (
+    update(table)
+    .where(table.c.id == bindparam("key"), table.c.status != COMPLETED)
+    .values(
+        status=COMPLETED,
+        exit_status=bindparam("exit"),
+        error=bindparam("why"),
+        stdout_length=bindparam("out"),
+        stderr_length=bindparam("err"),
+        stdout_truncated=bindparam("out_cut"),
+        stderr_truncated=bindparam("err_cut"),
+        end_time_ms=bindparam("end"),
+    )
+)
+
+
+def _record(row: Any) -> Execution | None:
+    return None if row is None else Execution(**row._mapping)
+
+
+def by_handle(connection: Connection, devbox_id: str, handle: str) -> Execution | None:
+    """The execution of a devbox that has this id on the wire, or None."""
+    return _record(connection.execute(_BY_HANDLE, {"box": devbox_id, "handle": handle}).first())
+
+
+def by_id(connection: Connection, execution_id: str) -> Execution | None:
+    """The execution of this internal id, or None."""
+    return _record(connection.execute(_BY_ID, {"id": execution_id}).first())
+
+
+def unfinished(connection: Connection, devbox_id: str) -> list[Execution]:
+    """All executions of a devbox that have not completed, in the order of their making."""
+    return [Execution(**row._mapping) for row in connection.execute(_OPEN, {"box": devbox_id})]
+
+
+def newest(
+    connection: Connection, devbox_id: str, handle: str | None, shell_name: str | None, limit: int
+) -> list[Execution]:
+    """The newest executions of a devbox, of this handle or shell if given; long commands are cut."""
+    query = select(*_SHORT, func.substr(table.c.command, 1, COMMAND_SHOWN).label("command"))
+    query = query.where(table.c.devbox_id == devbox_id)
+    if handle is not None:
+        query = query.where(table.c.handle == handle)
+    if shell_name is not None:
+        query = query.where(table.c.shell_name == shell_name)
+    found = connection.execute(query.order_by(table.c.id.desc()).limit(limit))
+    return [Execution(**row._mapping) for row in found]
+
+
+def add(connection: Connection, execution: Execution) -> None:
+    """Insert a new execution; IntegrityError when the devbox knows its handle."""
+    connection.execute(_INSERT, msgspec.structs.asdict(execution))
+
+
+def set_running(connection: Connection, execution_id: str) -> None:
+    """Write that an execution waits no more; one that has completed stays as it is."""
+    connection.execute(_RUNNING, {"key": execution_id})
+
+
+def set_stdin(connection: Connection, execution_id: str, length: int, eof: bool) -> None:
+    """Write how much stdin was accepted, and whether its end was."""
+    connection.execute(_STDIN, {"key": execution_id, "length": length, "eof": eof})
+
+
+def complete(connection: Connection, done: Execution) -> None:
+    """Write the outcome of an execution that has not completed yet."""
+    connection.execute(
+        _COMPLETE,
+        {
+            "key": done.id,
+            "exit": done.exit_status,
+            "why": done.error,
+            "out": done.stdout_length,
+            "err": done.stderr_length,
+            "out_cut": done.stdout_truncated,
+            "err_cut": done.stderr_truncated,
+            "end": done.end_time_ms,
+        },
+    )
+
+
+def remove(connection: Connection, devbox_id: str) -> None:
+    """Forget the executions of a devbox."""
+    connection.execute(delete(table).where(table.c.devbox_id == devbox_id))

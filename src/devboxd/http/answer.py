@@ -1,0 +1,51 @@
+"""A finished answer: status, headers and body as they go over the wire, and may be stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.types import Send
+
+from devboxd.errors import ApiError
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+JSON: Headers = ((b"content-type", b"application/json"),)
+_RETRY: dict[bool, Headers] = {
+    True: (*JSON, (b"x-should-retry", b"true")),
+    False: (*JSON, (b"x-should-retry", b"false")),
+}
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`headers` are all but content-length, which is the length of `body`."""
+
+    status: int
+    body: bytes
+    headers: Headers = JSON
+
+    async def send(self, send: Send) -> None:
+        """Send the whole answer."""
+        length = (b"content-length", str(len(self.body)).encode())
+        await send({"type": "http.response.start", "status": self.status, "headers": [*self.headers, length]})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+EMPTY = Answer(200, b"{}")
+
+
+def of_value(value: Any) -> Answer:
+    """200 with the JSON of a Struct (or any value that msgspec encodes); None is the empty object."""
+    return EMPTY if value is None else Answer(200, _encode(value))
+
+
+def of_error(error: ApiError) -> Answer:
+    """The error's code with {"code", "message"}; `x-should-retry` and `retry-after` when the error decides them."""
+    headers = JSON if error.retry is None else _RETRY[error.retry]
+    if error.retry_after is not None:
+        headers = (*headers, (b"retry-after", str(error.retry_after).encode()))
+    return Answer(error.code, _encode({"code": error.code, "message": error.message}), headers)

@@ -1,0 +1,140 @@
+"""The gate before every operation: known host names, keys, CORS, nosniff, and one log line per request."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from urllib.parse import quote
+
+import structlog
+from sqlalchemy import bindparam, select
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from devboxd.config import Settings
+from devboxd.errors import ApiError, bad_request
+from devboxd.http.answer import Answer, of_error
+from devboxd.store.db import Store
+from devboxd.store.schema import keys
+
+_NOSNIFF = (b"x-content-type-options", b"nosniff")
+_METHODS = b"GET, POST, PUT, PATCH, DELETE"
+_log = structlog.get_logger()
+_find_key = select(keys.c.account_id, keys.c.expires_at_ms).where(
+    keys.c.hash == bindparam("hash"), keys.c.revoke_time_ms.is_(None)
+)
+
+
+def hash_key(secret: str) -> str:
+    """What the store keeps of a key; keys are random, so a plain hash is enough."""
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest()
+
+
+async def authenticate(store: Store, authorization: bytes) -> str:
+    """The account of a Bearer key. It is looked up each time (15 µs), so a revocation holds from the next request on.
+
+    Raises ApiError 401.
+    """
+    scheme, _, secret = authorization.decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise ApiError(401, "cannot let you in: authentication needs a key; send `Authorization: Bearer ak_...`")
+    digest = hash_key(secret.strip())
+    row = await store.read(lambda connection: connection.execute(_find_key, {"hash": digest}).first())
+    if row is None or (row.expires_at_ms is not None and row.expires_at_ms <= time.time_ns() // 1_000_000):
+        raise ApiError(
+            401, "cannot let you in: this key is invalid, revoked or expired; `devboxd keys create` makes one"
+        )
+    account: str = row.account_id
+    return account
+
+
+class Guard:
+    """Wraps the application. It leaves the headers as a dict in scope["devboxd.headers"], read once."""
+
+    def __init__(self, inner: ASGIApp, settings: Settings) -> None:
+        self._inner = inner
+        names = {"localhost", "127.0.0.1", "[::1]", _bracketed(settings.host), *settings.domains}
+        self._hosts = {name.lower().encode("idna" if name.isascii() is False else "ascii") for name in names}
+        self._origins = {origin.encode() for origin in settings.cors_origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request and log it: method, path, status, milliseconds, account; nothing else of it."""
+        started = time.perf_counter()
+        status = 499  # the client left before an answer began
+        headers = scope["devboxd.headers"] = dict(scope["headers"])
+        extra = self._extra_headers(headers)
+
+        async def decorated(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            if (refusal := self._check(scope, headers)) is not None:
+                await refusal.send(decorated)
+            else:
+                await self._inner(scope, receive, decorated)
+        finally:
+            _log_request(scope, status, started)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> Answer | None:
+        try:
+            self._check_host(scope, headers)
+        except ApiError as error:
+            return of_error(error)
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            return self._preflight(headers)
+        return None
+
+    def _check_host(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if sum(name == b"host" for name, _ in scope["headers"]) != 1:
+            raise bad_request("cannot tell which host is meant: send one Host header")
+        host = headers[b"host"].lower()
+        if not host:  # how the server below shows a request without the header
+            raise bad_request("cannot tell which host is meant: send a Host header")
+        name, colon, port = host.rpartition(b":")
+        if not (colon and port.isdigit()):
+            name = host
+        if name not in self._hosts:
+            shown = host[:100].decode("latin-1")
+            raise ApiError(421, f"cannot serve the host {shown!r}: it is not known here; add its name to `domains`")
+
+    def _extra_headers(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        if not self._origins:
+            return [_NOSNIFF]
+        vary = (b"vary", b"origin")
+        if (origin := headers.get(b"origin", b"")) not in self._origins:
+            return [_NOSNIFF, vary]
+        exposed = (b"access-control-expose-headers", b"*")
+        return [_NOSNIFF, vary, (b"access-control-allow-origin", origin), exposed]
+
+    def _preflight(self, headers: dict[bytes, bytes]) -> Answer:
+        if headers.get(b"origin", b"") not in self._origins:
+            return of_error(ApiError(403, "cannot allow this origin: add it to `cors_origins` if you trust it"))
+        asked = headers.get(b"access-control-request-headers", b"")
+        return Answer(
+            200,
+            b"",
+            (
+                (b"access-control-allow-methods", _METHODS),
+                (b"access-control-allow-headers", asked),
+                (b"access-control-max-age", b"600"),
+            ),
+        )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _log_request(scope: Scope, status: int, started: float) -> None:
+    write = _log.debug if scope["path"] == "/healthz" and status < 400 else _log.info
+    write(
+        "request",
+        method=scope["method"][:16],
+        path=quote(scope["path"][:200], safe="/:@"),
+        status=status,
+        ms=round((time.perf_counter() - started) * 1000, 2),
+        account=scope.get("devboxd.account", ""),
+    )

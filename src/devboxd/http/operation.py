@@ -1,0 +1,353 @@
+"""Operations: the rows of the route table become one ASGI application that decodes, calls and encodes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from devboxd.config import Settings
+from devboxd.errors import ApiError, not_found, timed_out
+from devboxd.http import docs_page, openapi
+from devboxd.http.answer import Answer, of_error, of_value
+from devboxd.http.binding import Binding, Operation, Route
+from devboxd.http.guard import Guard, authenticate
+from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
+from devboxd.store.db import Store
+
+__all__ = ["Application", "Call", "Route", "Unready", "build"]
+
+_STALL_SECONDS = 60.0
+"""A body that stands still for so long is given up."""
+_BIG_BYTES = 1 << 20
+"""Larger bodies are hashed in a thread."""
+_BODYLESS = ("GET", "HEAD", "OPTIONS")
+_log = structlog.get_logger()
+
+
+class Call:
+    """One request as its handler sees it: the caller's account, the raw request, the door to de-duplication."""
+
+    __slots__ = ("account", "once", "request")
+
+    def __init__(self, account: str, request: Request, once: Once) -> None:
+        self.account = account
+        self.request = request
+        self.once = once
+
+
+@dataclass(frozen=True)
+class Unready:
+    """Why /v1 is not served now: a word for the state, a reason in words, and how callers are sent away.
+
+    They get 503, with `retry_after` (seconds) where it is known when to come again. Waits are held for `hold_s` and
+    end with 408: the published wait loops take that for "ask again", and would raise a 503.
+    """
+
+    state: str
+    reason: str
+    hold_s: float
+    retry_after: int | None = None
+
+
+def build(
+    routes: Sequence[Route],
+    services: Sequence[object],
+    *,
+    store: Store,
+    settings: Settings,
+    ready: Callable[[], Unready | None],
+) -> Application:
+    """The application for a table. `ready` gives None, or the reason why /v1 is not served yet."""
+    return Application(routes, services, store=store, settings=settings, ready=ready)
+
+
+class Application:
+    """The ASGI application; `drain` ends the requests that outlive their connections."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        services: Sequence[object],
+        *,
+        store: Store,
+        settings: Settings,
+        ready: Callable[[], Unready | None],
+    ) -> None:
+        self._store = store
+        self._ready = ready
+        self._desk = Desk(store)
+        own = _own_routes(ready, lambda: self.operations)
+        known = {kind: service for service in services for kind in type(service).__mro__[:-1]}
+        self.operations = [
+            Operation(route, Binding(route.handler, route.path, Call, known)) for route in (*routes, *own)
+        ]
+        self._tree = _Node()
+        for operation in self.operations:
+            self._tree.add(operation)
+        self._guard = Guard(self._serve, settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection; there are no WebSockets here."""
+        if scope["type"] == "http":
+            await self._guard(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Let requests with an effect finish within the grace, then cancel them: their keys stay bound."""
+        await self._desk.drain(grace_seconds)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: Answer | Response
+        try:
+            answer = await self._answer(scope, receive)
+        except ApiError as error:
+            answer = of_error(error)
+        except _WrongMethod as error:
+            answer = error.answer
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            answer = _fault(error)
+        if isinstance(answer, Answer):
+            await answer.send(send)
+            return
+        try:
+            await answer(scope, receive, send)
+        except Exception as error:
+            _fault(error)
+            raise  # the connection is cut, so that the client sees an incomplete answer
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Answer | Response:
+        operation, values = self._find(scope["method"], scope["path"])
+        route = operation.route
+        if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
+            raise await _sent_away(route, unready)
+        headers: dict[bytes, bytes] = scope["devboxd.headers"]
+        account = ""
+        if route.scope:
+            account = await authenticate(self._store, headers.get(b"authorization", b""))
+            scope["devboxd.account"] = account
+        if route.once:
+            return await self._once(operation, values, account, scope, receive)
+        body = b""
+        if route.method not in _BODYLESS and not route.streamed:
+            body = await _read_body(route, headers, receive)
+            _check_type(operation, headers, body)
+        call = Call(account, Request(scope, receive), Once(None, hashlib.sha256()))
+        return await _perform(operation, call, values, body)
+
+    async def _once(
+        self, operation: Operation, values: Sequence[str], account: str, scope: Scope, receive: Receive
+    ) -> Answer:
+        route = operation.route
+        headers: dict[bytes, bytes] = scope["devboxd.headers"]
+        request_id = headers.get(b"x-request-id", b"")
+        key = request_key(account, scope["method"], scope["path"], scope["query_string"], request_id)
+        if route.streamed:
+            stream = StreamFingerprint(receive, _boundary(headers), _STALL_SECONDS)
+            request = Request(scope, stream.receive)
+            return await self._desk.answer(key, stream, _work(operation, values, account, request, [b""]))
+        body = await _read_body(route, headers, receive)
+        _check_type(operation, headers, body)
+        big = len(body) > _BIG_BYTES
+        fingerprint = await asyncio.to_thread(hashlib.sha256, body) if big else hashlib.sha256(body)
+        work = _work(operation, values, account, Request(scope, receive), [body])
+        del body  # it is freed as soon as it is decoded
+        return await self._desk.answer(key, fingerprint, work)
+
+    def _find(self, method: str, path: str) -> tuple[Operation, list[str]]:
+        allowed: set[str] = set()
+        for node, values in self._tree.find(path.split("/"), 1, []):
+            if (operation := node.operations.get(method)) is not None:
+                return operation, values
+            allowed.update(node.operations)
+        if allowed:
+            raise _WrongMethod(method, path, sorted(allowed))
+        raise not_found(f"cannot find {_shown(path)}: there is no such path; /docs lists them all")
+
+
+async def _sent_away(route: Route, unready: Unready) -> ApiError:
+    message = f"cannot serve now: {unready.reason}; ask again soon, /healthz tells when"
+    if not route.waits:
+        return ApiError(503, message, retry=True, retry_after=unready.retry_after)
+    await asyncio.sleep(unready.hold_s)  # not a wait for something: so that the client does not spin
+    return timed_out(message)
+
+
+def _work(
+    operation: Operation, values: Sequence[str], account: str, request: Request, body: list[bytes]
+) -> Callable[[Once], Awaitable[Answer]]:
+    async def work(once: Once) -> Answer:
+        return _whole(await _perform(operation, Call(account, request, once), values, body.pop()))
+
+    return work
+
+
+async def _perform(operation: Operation, call: Call, values: Sequence[str], body: bytes) -> Answer | Response:
+    """Call the handler; every error becomes an answer."""
+    try:
+        binding = operation.binding
+        arguments = binding.arguments(call, values, call.request.scope["query_string"], body)
+        del body
+        result = await binding.handler(**arguments)
+        return result if isinstance(result, Response) else of_value(result)
+    except ApiError as error:
+        return of_error(error)
+    except ClientDisconnect:
+        return of_error(timed_out("cannot finish the request: its body ended early; send it again"))
+    except Exception as error:
+        return _fault(error)
+
+
+def _fault(error: Exception) -> Answer:
+    """500 with the number of the traceback in the log, which leaves out the error's words: they may quote a body."""
+    number = "err_" + secrets.token_hex(6)
+    reason = error.strerror if isinstance(error, OSError) else None
+    where = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("request.failed", error_id=number, error=type(error).__qualname__, reason=reason, traceback=where)
+    return of_error(ApiError(500, f"cannot finish the request: a fault of the server, logged as {number}"))
+
+
+def _whole(answer: Answer | Response) -> Answer:
+    """An answer that can be given to several clients and be stored."""
+    if isinstance(answer, Answer):
+        return answer
+    headers = tuple(pair for pair in answer.raw_headers if pair[0] != b"content-length")
+    return Answer(answer.status_code, bytes(answer.body), headers)
+
+
+async def _read_body(route: Route, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length) > route.body_limit:
+        raise _too_large(route.body_limit)
+    message = await _next(receive)
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        parts, size = [body], len(body)
+        while message.get("more_body"):
+            message = await _next(receive)
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > route.body_limit:
+                raise _too_large(route.body_limit)
+        body = b"".join(parts)
+    if len(body) > route.body_limit:
+        raise _too_large(route.body_limit)
+    return body
+
+
+async def _next(receive: Receive) -> Any:
+    try:
+        async with asyncio.timeout(_STALL_SECONDS):
+            message = await receive()
+    except TimeoutError:
+        raise timed_out(
+            f"cannot wait longer for the body: nothing came for {_STALL_SECONDS:.0f} s; send it again"
+        ) from None
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message
+
+
+def _check_type(operation: Operation, headers: dict[bytes, bytes], body: bytes) -> None:
+    """A web page can send any other type without asking first, so it is refused even where the body is ignored."""
+    if body and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
+        raise ApiError(415, "cannot read the body: its type is unknown; send it with `Content-Type: application/json`")
+
+
+def _boundary(headers: dict[bytes, bytes]) -> bytes:
+    request = Request({"type": "http", "headers": [(b"content-type", headers.get(b"content-type", b""))]})
+    _, _, rest = request.headers["content-type"].partition("boundary=")
+    return rest.split(";")[0].strip().strip('"').encode("latin-1")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"cannot take a body of more than {limit >> 20} MiB here; send less, or upload it as a file")
+
+
+def _shown(path: str) -> str:
+    return repr(path if len(path) <= 100 else path[:100] + "...")
+
+
+class _WrongMethod(Exception):
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        names = ", ".join(allowed)
+        answer = of_error(
+            ApiError(405, f"cannot {method[:16]} {_shown(path)}: only {names} work there; use one of them")
+        )
+        self.answer = Answer(405, answer.body, (*answer.headers, (b"allow", names.encode())))
+
+
+@dataclass(eq=False)
+class _Node:
+    """One segment of the paths. Static segments win over names, so that a word is never taken for an id."""
+
+    static: dict[str, _Node] = field(default_factory=dict)
+    named: _Node | None = None
+    operations: dict[str, Operation] = field(default_factory=dict)
+
+    def add(self, operation: Operation) -> None:
+        node = self
+        for segment in operation.route.path.split("/")[1:]:
+            if segment.startswith("{"):
+                node.named = node.named or _Node()
+                node = node.named
+            else:
+                node = node.static.setdefault(segment, _Node())
+        if node.operations.setdefault(operation.route.method, operation) is not operation:
+            raise TypeError(f"two rows for {operation.route.method} {operation.route.path}")
+
+    def find(self, segments: list[str], at: int, values: list[str]) -> Iterator[tuple[_Node, list[str]]]:
+        if at == len(segments):
+            yield self, values
+            return
+        if (node := self.static.get(segments[at])) is not None:
+            yield from node.find(segments, at + 1, values)
+        if self.named is not None and segments[at]:
+            yield from self.named.find(segments, at + 1, [*values, segments[at]])
+
+
+def _own_routes(ready: Callable[[], Unready | None], operations: Callable[[], Sequence[Operation]]) -> list[Route]:
+    async def healthz() -> Response:
+        """Tell whether the server is ready to run commands.
+
+        200 when it is, 503 with the reason before.
+        """
+        if (unready := ready()) is None:
+            return Response(b'{"status":"ready"}', 200, media_type="application/json")
+        body = of_value({"status": unready.state, "reason": unready.reason}).body
+        return Response(body, 503, media_type="application/json")
+
+    async def openapi_json() -> Response:
+        """Give the description of all operations as OpenAPI 3.1."""
+        return Response(openapi.document(operations()), media_type="application/json")
+
+    async def docs() -> Response:
+        """Give the same description as one web page."""
+        return Response(docs_page.page(operations()), media_type="text/html", headers=docs_page.HEADERS)
+
+    return [
+        Route("GET", "/healthz", healthz, scope=""),
+        Route("GET", "/openapi.json", openapi_json, scope=""),
+        Route("GET", "/docs", docs, scope=""),
+    ]
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,1 @@
+"""Small resources, one file each."""

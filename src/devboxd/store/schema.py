@@ -1,0 +1,104 @@
+"""The tables. Times are integer Unix milliseconds, maps and lists are JSON text, ids sort by time."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+accounts = Table(
+    "accounts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("create_time_ms", BigInteger, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", String(64), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("create_time_ms", BigInteger, nullable=False),
+    Column("expires_at_ms", BigInteger),
+    Column("revoke_time_ms", BigInteger),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("body_hash", String(64), nullable=False),
+    Column("ref", String(128)),
+    Column("status", Integer),
+    Column("headers", Text),
+    Column("answer", LargeBinary),
+    Column("create_time_ms", BigInteger, nullable=False, index=True),
+)
+"""Requests with an effect that were done: `key` hashes account, method, path and x-request-id."""
+
+devboxes = Table(
+    "devboxes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", String(64), nullable=False),
+    Column("name", Text),
+    Column("status", String(32), nullable=False),
+    Column("create_time_ms", BigInteger, nullable=False),
+    Column("end_time_ms", BigInteger),
+    Column("deadline_ms", BigInteger, nullable=False),
+    Column("failure_reason", String(32)),
+    Column("shutdown_reason", String(32)),
+    Column("transitions", Text, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("launch_parameters", Text, nullable=False),
+    Column("environment", Text, nullable=False),
+    Column("file_mounts", Text, nullable=False),
+    Column("entrypoint", Text),
+    Column("prepared", Boolean, nullable=False),
+    Column("disk_freed", Boolean, nullable=False),
+    Column("swept", Boolean, nullable=False),
+    Index("devboxes_by_account", "account_id", "id"),
+    Index("devboxes_by_status", "status"),
+)
+"""`prepared`: files and launch commands are done. `swept`: executions and journals were removed after retention."""
+
+executions = Table(
+    "executions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("devbox_id", String(64), nullable=False),
+    Column("handle", String(128), nullable=False),
+    Column("purpose", String(16), nullable=False),
+    Column("command", Text, nullable=False),
+    Column("shell_name", Text),
+    Column("attach_stdin", Boolean, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("exit_status", Integer),
+    Column("error", Text),
+    Column("stdout_length", BigInteger),
+    Column("stderr_length", BigInteger),
+    Column("stdout_truncated", Boolean, nullable=False),
+    Column("stderr_truncated", Boolean, nullable=False),
+    Column("stdin_length", BigInteger, nullable=False),
+    Column("stdin_eof", Boolean, nullable=False),
+    Column("create_time_ms", BigInteger, nullable=False),
+    Column("end_time_ms", BigInteger),
+    Index("executions_by_handle", "devbox_id", "handle", unique=True),
+    Index("executions_by_status", "devbox_id", "status"),
+)
+"""`handle` is the id on the wire: the caller's command_id for `execute`, else the own id. `purpose`: user, launch
+or entrypoint."""

@@ -1,0 +1,130 @@
+"""Files of a box over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+from support.api import Api
+
+pytestmark = pytest.mark.box
+
+
+@pytest.mark.parametrize(
+    "path", ["plain.txt", "~/tilde.txt", "/tmp/absolute.txt", "new/deep/er/file.txt", "with space é.txt"]
+)
+@pytest.mark.parametrize("text", ["", "no newline", "a\nb\n", "€ 😀\r\n\t"])
+def test_what_was_written_is_read(api: Api, box: str, path: str, text: str) -> None:
+    api.write(box, path, text)
+    assert api.read(box, path) == text
+
+
+def test_a_write_tells_size_and_hash(api: Api, box: str) -> None:
+    path = f"/v1/devboxes/{box}/write_file_contents"
+    answer = api.http.post(path, json={"file_path": "h", "contents": "héllo"})
+    assert answer.json() == {"devbox_id": box, "stdout": "", "stderr": "", "exit_status": 0, "shell_name": None}
+    content = "héllo".encode()
+    assert answer.headers["x-upload-size"] == str(len(content))
+    assert answer.headers["x-upload-sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_the_alias_writes_too(api: Api, box: str) -> None:
+    api.call("POST", f"/v1/devboxes/{box}/write_file", {"file_path": "alias", "contents": "x"})
+    assert api.read(box, "alias") == "x"
+
+
+def test_uploads_and_downloads_are_exact(api: Api, box: str) -> None:
+    content = bytes(range(256)) * 5000 + os.urandom(3_000_000)
+    answer = api.upload(box, "~/data.bin", content)
+    assert answer.json() == {}
+    assert answer.headers["x-upload-sha256"] == hashlib.sha256(content).hexdigest()
+    assert answer.headers["x-upload-size"] == str(len(content))
+    got = api.http.post(f"/v1/devboxes/{box}/download_file", json={"path": "data.bin"})
+    assert got.content == content
+    assert got.headers["content-length"] == str(len(content))
+    assert "data.bin" in got.headers["content-disposition"]
+    assert got.headers["x-content-type-options"] == "nosniff"
+    assert got.headers["content-security-policy"] == "sandbox"
+    assert api.output(box, "sha256sum < data.bin").split()[0] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_may_come_before_its_path(api: Api, box: str) -> None:
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\nearly\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="path"\r\n\r\nearly.txt\r\n--b--\r\n'
+    )
+    path = f"/v1/devboxes/{box}/upload_file"
+    answer = api.http.post(path, content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert answer.status_code == 200, answer.text
+    assert api.read(box, "early.txt") == "early"
+
+
+def test_owner_and_mode(api: Api, box: str) -> None:
+    api.write(box, "mode.sh", "1")
+    assert api.output(box, "stat -c '%U %a' mode.sh; chmod 755 mode.sh") == "user 644\n"
+    api.write(box, "mode.sh", "2")
+    assert api.output(box, "stat -c '%U %a' mode.sh; cat mode.sh") == "user 755\n2"
+
+
+def test_links_are_followed_in_the_box(api: Api, box: str) -> None:
+    api.output(box, "mkdir -p real; echo old > real/f; ln -sf real/f link; ln -sf /etc/hostname host")
+    api.write(box, "link", "new")
+    assert api.output(box, "cat real/f; readlink link") == "newreal/f\n"
+    assert api.read(box, "host").startswith("devbox-")
+
+
+def test_files_of_proc_are_read_in_the_box(api: Api, box: str) -> None:
+    assert "init" in api.read(box, "/proc/1/comm")
+    assert api.read(box, "/proc/self/status").startswith("Name:")
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "code"),
+    [
+        ("true", "missing.txt", 404),
+        ("mkdir -p folder", "folder", 400),
+        ("mkfifo fifo || true", "fifo", 400),
+        ("true", "/dev/null", 400),
+        ("true", "/etc/shadow", 403),
+        ("true", "/root/x", 403),
+        ("touch flat", "flat/below", 400),
+        ("true", "a\0b", 400),
+        ("true", "", 400),
+        ("true", "x" * 5000, 400),
+        ("ln -sf loop loop", "loop", 400),
+    ],
+)
+def test_what_cannot_be_read_says_why(api: Api, box: str, make: str, path: str, code: int) -> None:
+    api.output(box, make)
+    message = api.refused("POST", f"/v1/devboxes/{box}/read_file_contents", code, {"file_path": path})
+    if path and "\0" not in path:
+        assert path[:40] in message
+    api.refused("POST", f"/v1/devboxes/{box}/download_file", code, {"path": path})
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "code"),
+    [
+        ("mkdir -p folder2", "folder2", 400),
+        ("mkfifo fifo2 || true", "fifo2", 400),
+        ("true", "/etc/new", 403),
+        ("touch ro; chmod 444 ro", "ro", 403),
+        ("touch flat2", "flat2/below", 400),
+    ],
+)
+def test_what_cannot_be_written_says_why(api: Api, box: str, make: str, path: str, code: int) -> None:
+    api.output(box, make)
+    body = {"file_path": path, "contents": "x"}
+    api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", code, body)
+    assert api.output(box, "ls -A | grep -c devboxd || true") == "0\n"
+
+
+def test_text_over_100_mb_names_download_file(api: Api, box: str) -> None:
+    api.output(box, "truncate -s 100000001 large")
+    message = api.refused("POST", f"/v1/devboxes/{box}/read_file_contents", 413, {"file_path": "large"})
+    assert "download_file" in message
+    with api.http.stream("POST", f"/v1/devboxes/{box}/download_file", json={"path": "large"}) as answer:
+        assert sum(len(piece) for piece in answer.iter_bytes()) == 100_000_001
+    api.output(box, "rm large")

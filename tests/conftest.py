@@ -1,0 +1,62 @@
+"""Fixtures of all tests: a real server for each worker, real boxes, a small client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from support.api import Api
+from support.server import Server
+
+_MAKES_BOXES = {"server", "own_server", "box", "api"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that make boxes; without root they are skipped, with the reason in words."""
+    for item in items:
+        if _MAKES_BOXES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("box")
+        if os.geteuid() != 0 and item.get_closest_marker("box"):
+            item.add_marker(pytest.mark.skip(reason="making boxes needs root"))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A running server for all tests of a worker: do not stop it, see `own_server`."""
+    server = Server()
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A running server for one test, which may kill and restart it."""
+    server = Server()
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def api(server: Server) -> Iterator[Api]:
+    """A client of the worker's server."""
+    with server.api() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def box(api: Api) -> Iterator[str]:
+    """The id of a running devbox that the tests of a module share."""
+    identity = api.create(name="shared by a module's tests")
+    yield identity
+    api.shutdown(identity)

@@ -1,0 +1,118 @@
+"""What a create may ask for, and which limits follow."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from devboxd.devboxes.views import GIB, SIZES, CreateDevbox, LaunchParameters, check_create, resources
+from devboxd.engine.base import Resources
+from devboxd.errors import ApiError
+
+
+@pytest.mark.parametrize(
+    ("size", "cores", "gib"),
+    [
+        ("X_SMALL", 0.5, 1),
+        ("SMALL", 1, 2),
+        ("MEDIUM", 2, 4),
+        ("LARGE", 2, 8),
+        ("X_LARGE", 4, 16),
+        ("XX_LARGE", 8, 32),
+        (None, 1, 2),
+    ],
+)
+def test_sizes(size: str | None, cores: float, gib: int) -> None:
+    assert resources(LaunchParameters(resource_size_request=size)) == Resources(cores, gib * GIB)
+
+
+@given(cores=st.floats(-2, 20), gib=st.integers(-2, 70), disk=st.none() | st.integers(-2, 70))
+def test_custom_sizes_keep_their_rules(cores: float, gib: int, disk: int | None) -> None:
+    launch = LaunchParameters("CUSTOM_SIZE", cores, gib, disk)
+    legal = (
+        (cores in (0.5, 1) or (cores % 2 == 0 and 2 <= cores <= 16))
+        and (gib == 1 or (gib % 2 == 0 and 2 <= gib <= 64))
+        and (disk is None or (disk % 2 == 0 and 2 <= disk <= 64))
+        and 2 <= gib / cores <= 8
+    )
+    if legal:
+        assert resources(launch) == Resources(cores, gib * GIB)
+    else:
+        with pytest.raises(ApiError, match="^cannot ") as refusal:
+            resources(launch)
+        assert refusal.value.code == 400
+
+
+def test_half_a_core_with_two_gib_is_legal() -> None:
+    assert resources(LaunchParameters("CUSTOM_SIZE", 0.5, 2)) == Resources(0.5, 2 * GIB)
+
+
+def test_custom_numbers_need_the_custom_size() -> None:
+    with pytest.raises(ApiError, match="CUSTOM_SIZE"):
+        resources(LaunchParameters("SMALL", custom_gb_memory=4))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["mounts", "code_mounts", "secrets", "snapshot_id", "blueprint_id", "blueprint_name", "tunnel", "gateways", "mcp"],
+)
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_unsupported_fields_are_named_and_empty_ones_are_absent(field: str, empty: object) -> None:
+    check_create(CreateDevbox(**{field: empty}))
+    with pytest.raises(ApiError, match=f"^cannot .*{field}") as refusal:
+        check_create(CreateDevbox(**{field: {"x": 1}}))
+    assert refusal.value.code == 400
+
+
+@pytest.mark.parametrize(
+    ("launch", "field"),
+    [
+        ({"after_idle": {"idle_time_seconds": 1}}, "after_idle"),
+        ({"lifecycle": {"after_idle": {}}}, "lifecycle"),
+        ({"network_policy_id": "np_x"}, "network_policy_id"),
+        ({"required_services": ["db"]}, "required_services"),
+        ({"architecture": "arm64"}, "architecture arm64"),
+        ({"provisioning_tier": "flex"}, "provisioning_tier flex"),
+        ({"keep_alive_time_seconds": 0}, "keep_alive_time_seconds"),
+        ({"keep_alive_time_seconds": 172_801}, "keep_alive_time_seconds"),
+        ({"launch_commands": ["ok", " "]}, "launch_commands"),
+        ({"user_parameters": {"username": "x; rm", "uid": 5}}, "username"),
+        ({"user_parameters": {"username": "root", "uid": 5}}, "root"),
+        ({"user_parameters": {"username": "bob", "uid": 65534}}, "uid"),
+    ],
+)
+def test_unsupported_launch_parameters_are_named(launch: dict[str, object], field: str) -> None:
+    body = msgspec.convert({"launch_parameters": launch}, CreateDevbox)
+    with pytest.raises(ApiError, match=field):
+        check_create(body)
+
+
+@pytest.mark.parametrize(
+    "launch", [{"available_ports": [80]}, {"architecture": "x86_64"}, {"provisioning_tier": "standard"}]
+)
+def test_harmless_launch_parameters_pass(launch: dict[str, object]) -> None:
+    check_create(msgspec.convert({"launch_parameters": launch}, CreateDevbox))
+
+
+def test_unknown_fields_are_refused_by_name() -> None:
+    with pytest.raises(msgspec.ValidationError, match="colour"):
+        msgspec.json.decode(b'{"colour": "red"}', type=CreateDevbox)
+    with pytest.raises(msgspec.ValidationError, match="colour"):
+        msgspec.json.decode(b'{"launch_parameters": {"colour": 1}}', type=CreateDevbox)
+
+
+@pytest.mark.parametrize("environment", [{"": "x"}, {"A=B": "x"}, {"A": "x\0"}])
+def test_impossible_environment_variables_are_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ApiError, match="environment variable"):
+        check_create(CreateDevbox(environment_variables=environment))
+
+
+def test_long_names_are_refused() -> None:
+    with pytest.raises(ApiError, match="10000 characters"):
+        check_create(CreateDevbox(name="n" * 10_000))
+
+
+def test_every_size_has_a_known_ratio() -> None:
+    assert all(2 <= gib / cores <= 8 or cores == 0 for cores, gib in SIZES.values())

@@ -1,0 +1,150 @@
+"""Limits by cgroups: version 2 on a tree written by hand and on the machine's own, version 1 for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devboxd.engine import cgroups
+from devboxd.engine.base import Resources
+from devboxd.errors import SetupError
+
+SIZE = Resources(1.5, 3 << 30, 100)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A version 2 hierarchy as a kernel shows it, in plain files: the folders of instance `t` and of box `b`."""
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory hugetlb pids rdma misc\n")
+    for name in ("", "devboxd-t", "devboxd-t/server", "devboxd-t/boxes", "devboxd-t/boxes/b"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "cgroup.subtree_control").write_text("")
+        (folder / "cgroup.procs").write_text("")
+        if name:
+            (folder / "cpu.weight").write_text("100\n")
+            (folder / "memory.swap.max").write_text("max\n")
+            (folder / "memory.events").write_text("low 0\nhigh 0\nmax 31\noom 3\noom_kill 2\noom_group_kill 0\n")
+    return tmp_path
+
+
+def test_version_2_writes_its_limits(tree: Path) -> None:
+    groups = cgroups.find("t", tree)
+    assert isinstance(groups, cgroups.Version2)
+    groups.enable()
+    for name in ("", "devboxd-t", "devboxd-t/boxes"):
+        assert (tree / name / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    (tree / "devboxd-t/boxes/cgroup.subtree_control").write_text("cpu memory pids\n")
+    groups.create("b", SIZE)
+    box = tree / "devboxd-t/boxes/b"
+    found = {name: (box / name).read_text() for name in ("cpu.max", "memory.max", "memory.swap.max", "pids.max")}
+    assert found == {
+        "cpu.max": "150000 100000",
+        "memory.max": str(3 << 30),
+        "memory.swap.max": "0",
+        "pids.max": "100",
+    }
+    assert (box / "memory.oom.group").read_text() == "0"
+    assert groups.oom_kills("b") == 2
+    assert groups.oom_kills("unknown") == 0
+    assert groups.entrances("b") == [box / "cgroup.procs"]
+    assert groups.boxes() == {"b"}
+
+
+def test_version_2_gives_the_server_ten_times_the_weight(tree: Path) -> None:
+    groups = cgroups.find("t", tree)
+    groups.open()
+    assert (tree / "devboxd-t/server/cpu.weight").read_text() == "1000"
+    assert (tree / "devboxd-t/server/cgroup.procs").read_text() == str(os.getpid())
+    assert (tree / "devboxd-t/boxes/cpu.weight").read_text() == "100\n"
+
+
+def test_a_server_in_a_unit_stays_there(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "own_cgroup", lambda hierarchy, controller: tree / "system.slice/devboxd.service")
+    cgroups.find("t", tree).open()
+    assert (tree / "devboxd-t/cpu.weight").read_text() == "10"
+    assert (tree / "devboxd-t/server/cgroup.procs").read_text() == ""
+
+
+@pytest.mark.parametrize("offered", ["cpu pids", ""])
+def test_a_machine_without_controllers_is_refused(tmp_path: Path, offered: str) -> None:
+    (tmp_path / "cgroup.controllers").write_text(offered)
+    with pytest.raises(SetupError, match=r"cannot limit boxes: .* for .*memory"):
+        cgroups.find("t", tmp_path)
+    with pytest.raises(SetupError, match="cannot limit boxes"):
+        cgroups.find("t", tmp_path / "missing")
+
+
+@pytest.fixture
+def real(request: pytest.FixtureRequest) -> Iterator[cgroups.Cgroups]:
+    """The machine's own cgroups of a version, with an instance name of this test's own."""
+    name = f"x{os.getpid()}"
+    root = cgroups.ROOT
+    groups: cgroups.Cgroups
+    if request.param == 2:
+        root = root if (root / "cgroup.controllers").exists() else root / "unified"
+        groups = cgroups.Version2(name, root)
+    else:
+        groups = cgroups.Version1(name, root)
+    if not (root / ("cgroup.procs" if request.param == 2 else "memory")).exists():
+        pytest.skip(f"this machine has no cgroups of version {request.param}")
+    home = Path("/proc/self/cgroup").read_text()
+    groups.open()
+    yield groups
+    groups.close()
+    assert not any((hierarchy / f"devboxd-{name}").exists() for hierarchy in groups.hierarchies())
+    assert Path("/proc/self/cgroup").read_text() == home
+
+
+def enter(groups: cgroups.Cgroups, box_id: str, *command: str) -> subprocess.Popen[bytes]:
+    script = 'for f in $ENTRANCES; do echo 0 >$f || exit 1; done; echo in; exec "$@"'
+    environment = os.environ | {"ENTRANCES": " ".join(map(str, groups.entrances(box_id)))}
+    process = subprocess.Popen(["sh", "-c", script, "sh", *command], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in\n"
+    return process
+
+
+@needs_root
+@pytest.mark.anyio
+@pytest.mark.parametrize("real", [1, 2], indirect=True)
+async def test_removing_kills_all_that_is_inside(real: cgroups.Cgroups) -> None:
+    real.create("b", SIZE)
+    with enter(real, "b", "sh", "-c", "trap '' TERM INT; sleep 1000 & sleep 1000 & wait") as process:
+        assert real.boxes() == {"b"}
+        await real.remove("b")
+        assert process.wait() == -9
+    assert real.boxes() == set()
+    await real.remove("b")
+
+
+@needs_root
+@pytest.mark.parametrize("real", [1], indirect=True)
+def test_version_1_writes_its_limits(real: cgroups.Cgroups) -> None:
+    real.create("b", SIZE)
+
+    def value(name: str) -> str:
+        controller = name.split(".")[0]
+        return (real.root / controller / real.name / "boxes/b" / name).read_text().strip()
+
+    assert [value("cpu.cfs_quota_us"), value("cpu.cfs_period_us")] == ["150000", "100000"]
+    assert value("memory.limit_in_bytes") == str(3 << 30)
+    assert value("memory.memsw.limit_in_bytes") == str(3 << 30)
+    assert value("pids.max") == "100"
+    assert real.oom_kills("b") == 0
+    for folder in {top / "boxes/b" for top in real.tops()}:
+        folder.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize("real", [1], indirect=True)
+def test_version_1_gives_the_server_ten_times_the_weight(real: cgroups.Cgroups) -> None:
+    top = real.tops()[0]
+    assert (top / "server/cpu.shares").read_text() == "10240\n"
+    assert (top / "boxes/cpu.shares").read_text() == "1024\n"
+    assert str(os.getpid()) in (top / "server/cgroup.procs").read_text().split()

@@ -1,0 +1,403 @@
+"""The life of boxes, with each runtime: made, watched, taken over by the next server, removed without a trace."""
+
+# ruff: noqa: ASYNC221, ASYNC240
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from devboxd.engine import cgroups
+from devboxd.engine.base import EngineError, Image, Resources
+from devboxd.errors import SetupError
+from support.engine import Host
+
+pytestmark = [pytest.mark.anyio, pytest.mark.box]
+
+
+async def test_agent_answers_when_create_returns(host: Host) -> None:
+    box = await host.box()
+    assert await box.sh("id -u; id -u user; cat /proc/1/comm") == "0\n1000\ninit"
+
+
+async def test_destroy_leaves_nothing(host: Host) -> None:
+    box = await host.box()
+    await box.sh("sleep 1000 & disown; mkdir /a; touch /a/b")
+    assert await host.engine.boxes() == {box.id: True}
+    await host.engine.destroy(box.id)
+    assert await host.engine.boxes() == {}
+    assert host.leftovers() == []
+
+
+async def test_destroying_twice_at_once_and_again_is_no_error(host: Host) -> None:
+    box = await host.box()
+    await asyncio.gather(host.engine.destroy(box.id), host.engine.destroy(box.id))
+    await host.engine.destroy(box.id)
+    await host.engine.destroy("dbx_never_made")
+    one, two = await asyncio.gather(host.box(), host.box())
+    assert await one.sh("cat /proc/self/uid_map") != await two.sh("cat /proc/self/uid_map")
+
+
+async def test_a_full_server_says_so_and_uses_slots_again(image: Image, runtime: str, tmp_path: Path) -> None:
+    host = Host(image, tmp_path / "state", runtime=runtime)
+    await host.open(slots=2)
+    try:
+        one, two = await host.box(), await host.box()
+        with pytest.raises(EngineError, match="cannot make another devbox: all 2 slots of this server are used"):
+            await host.box()
+        uid = await two.sh("cat /proc/self/uid_map")
+        await host.engine.destroy(two.id)
+        assert await (await host.box()).sh("cat /proc/self/uid_map") == uid
+        assert await one.sh("echo on") == "on"
+    finally:
+        await host.destroy_all()
+        await host.close()
+
+
+async def test_create_again_keeps_a_living_box(host: Host) -> None:
+    spec = host.spec()
+    await host.engine.create(spec)
+    pid = (host.instance.state / "boxes" / spec.box_id / "pid").read_text()
+    await host.engine.create(spec)
+    assert (host.instance.state / "boxes" / spec.box_id / "pid").read_text() == pid
+
+
+async def test_no_mount_of_a_box_is_on_the_host(host: Host) -> None:
+    await host.box()
+    marks = (str(host.instance.state), f"{host.instance.directory}/")
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert [point for point in points if point.startswith(marks)] == [str(host.instance.state / "disks")]
+
+
+async def test_nothing_of_the_server_is_open_in_pid_1(host: Host) -> None:
+    box = await host.box()
+    opened = {path.name: os.readlink(path) for path in Path(f"/proc/{box.pid}/fd").iterdir()}
+    assert {opened.pop(name) for name in "012"} == {"/dev/null"}
+    assert opened.pop("3").startswith("socket:")
+    own = {
+        os.readlink(f"/proc/self/fd/{name}")
+        for name in os.listdir("/proc/self/fd")
+        if Path(f"/proc/self/fd/{name}").exists()
+    }
+    assert not own & {target for target in opened.values() if not target.startswith("anon_inode:")}
+
+
+async def test_names_and_resolver_belong_to_the_box_and_root_may_edit_them(host: Host) -> None:
+    box = await host.box()
+    name = await box.sh("hostname")
+    assert name.startswith("devbox-")
+    assert await box.sh("cat /etc/hostname") == name
+    assert await box.sh(f"getent hosts {name} localhost | wc -l") == "2"
+    assert "nameserver" in await box.sh("cat /etc/resolv.conf")
+    await box.sh("for f in hosts hostname resolv.conf; do echo x >/tmp/x && mv /tmp/x /etc/$f; done")
+    assert await box.sh("cat /etc/hosts /etc/resolv.conf") == "x\nx"
+
+
+async def test_sudo_works(host: Host) -> None:
+    box = await host.box()
+    result = await box.run("sudo", "-n", "id", "-u", user="user")
+    assert (result.status, result.out, result.err) == (0, "0\n", "")
+
+
+async def test_ids_on_disk_start_at_0_and_the_image_is_untouched(host: Host) -> None:
+    one, two = await host.box(), await host.box()
+    await one.sh("echo hi >/root/mine; echo user >>/etc/passwd; su user -c 'touch /home/user/his'; rm /usr/bin/env")
+    assert (one.upper / "root/mine").stat().st_uid == 0
+    assert (one.upper / "home/user/his").stat().st_uid == 1000
+    assert (one.upper / "home/user/his").stat().st_gid == 1000
+    assert (
+        await two.sh("ls /usr/bin/env /root; tail -n1 /etc/passwd | grep -c '^user$' || true")
+        == "/usr/bin/env\n\n/root:\n0"
+    )
+
+
+async def test_upper_layers_of_an_image_win(host: Host, tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    (top / "etc").mkdir(parents=True)
+    (top / "etc/debian_version").write_text("top\n")
+    host.image = replace(host.image, layers=(top, *host.image.layers))
+    box = await host.box()
+    assert await box.sh("cat /etc/debian_version; /probe native") == "top"
+
+
+async def test_a_setuid_file_of_a_box_is_inert_on_the_host(host: Host) -> None:
+    box = await host.box()
+    await box.sh("cp /probe /suid && chmod 4755 /suid")
+    file = box.upper / "suid"
+    assert file.stat().st_mode & stat.S_ISUID
+    assert file.stat().st_uid == 0
+    assert host.instance.state.stat().st_mode & 0o777 == 0o700
+    flags = os.statvfs(file).f_flag
+    assert flags & os.ST_NOSUID
+    assert flags & os.ST_NODEV
+    with pytest.raises(PermissionError):
+        subprocess.run([file], user=65534, group=65534, extra_groups=(), check=False)
+
+
+async def test_secrets_are_only_in_the_command(host: Host) -> None:
+    box = await host.box()
+    result = await box.run("printenv", "TOKEN", env={"TOKEN": "hunter2-secret"})
+    assert result.out == "hunter2-secret\n"
+    folders = [str(host.instance.state / "boxes"), str(host.instance.state / "disks"), str(host.instance.directory)]
+    assert subprocess.run(["grep", "-ra", "hunter2-secret", *folders], capture_output=True, check=False).stdout == b""
+    assert b"hunter2" not in Path(f"/proc/{box.pid}/environ").read_bytes()
+
+
+async def test_agent_is_a_copy_that_boxes_cannot_change(host: Host) -> None:
+    box = await host.box()
+    (kept,) = (host.instance.state / "agent").iterdir()
+    assert os.stat(f"/proc/{box.pid}/root/run/devboxd/init").st_ino == kept.stat().st_ino
+    result = await box.run("bash", "-c", "echo x >/run/devboxd/init")
+    assert result.status != 0
+    assert (await box.run("rm", "-f", "/run/devboxd/init")).status != 0
+
+
+async def test_wait_tells_how_pid_1_ended(host: Host) -> None:
+    box = await host.box()
+    waiting = asyncio.ensure_future(host.engine.wait(box.id))
+    cancelled = asyncio.ensure_future(host.engine.wait(box.id))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    os.kill(box.pid, signal.SIGKILL)
+    end = await asyncio.wait_for(waiting, 20)
+    assert (end.oom, end.status) == (False, 137)
+    assert not (await asyncio.wait_for(host.engine.wait(box.id), 20)).oom
+    assert await host.engine.boxes() == {box.id: False}
+    with pytest.raises(EngineError, match="destroy it first"):
+        await host.engine.create(replace(host.spec(), box_id=box.id))
+
+
+async def test_wait_for_an_unknown_box_returns_at_once(host: Host) -> None:
+    end = await host.engine.wait("dbx_unknown")
+    assert (end.oom, end.status) == (False, None)
+
+
+async def test_memory_limit_kills_a_command_and_not_the_agent(host: Host) -> None:
+    box = await host.box(Resources(1.0, 64 << 20, 256))
+    assert host.engine.oom_kills(box.id) == 0
+    result = await box.run("python3", "-c", "x = bytearray(200 << 20)")
+    assert result.status == 137
+    assert host.engine.oom_kills(box.id) == 1
+    assert await box.sh("echo alive") == "alive"
+
+
+async def test_process_limit_holds(host: Host) -> None:
+    box = await host.box(Resources(1.0, 256 << 20, 40))
+    script = """
+import os, time
+n = 0
+try:
+    while os.fork():
+        n += 1
+    time.sleep(30)
+except OSError as error:
+    print(n < 40, error.errno)
+"""
+    result = await box.run("python3", "-c", script)
+    assert result.out == "True 11\n"
+
+
+async def test_cpu_limit_holds(host: Host) -> None:
+    box = await host.box(Resources(0.2, 256 << 20, 64))
+    script = "import time; t=time.monotonic()\nwhile time.monotonic()-t<1: pass\nprint(time.process_time())"
+    result = await box.run("python3", "-c", script)
+    assert 0.05 < float(result.out) < 0.4
+
+
+async def test_boxes_outlive_the_engine_and_the_next_one_takes_over(host: Host) -> None:
+    living, dead, busy = await host.box(), await host.box(), await host.box()
+    uid = await living.sh("cat /proc/self/uid_map")
+    await host.close()
+    os.kill(dead.pid, signal.SIGKILL)
+    await host.open()
+    assert await host.engine.boxes() == {living.id: True, dead.id: False, busy.id: True}
+    assert not (await asyncio.wait_for(host.engine.wait(dead.id), 10)).oom
+    living.engine = host.engine
+    assert await living.sh("cat /proc/self/uid_map") == uid
+    fresh = [await host.box() for _ in range(3)]
+    maps = {await box.sh("cat /proc/self/uid_map") for box in fresh}
+    assert len(maps | {uid}) == 4
+    waiting = asyncio.ensure_future(host.engine.wait(busy.id))
+    await host.destroy_all()
+    await asyncio.wait_for(waiting, 10)
+    assert host.leftovers() == []
+
+
+async def test_two_engines_do_not_disturb_each_other(host: Host, tmp_path: Path) -> None:
+    other = Host(host.image, tmp_path / "other", runtime=host.settings.runtime)
+    await other.open()
+    try:
+        one, two = await host.box(), await other.box()
+        maps = [int((await box.sh("cat /proc/self/uid_map")).split()[1]) for box in (one, two)]
+        for start, owner in zip(maps, (host, other), strict=True):
+            first = owner.instance.uid_base(0)
+            assert first <= start < first + 65536 * owner.instance.slots
+        assert abs(host.instance.first_uid - other.instance.first_uid) >= 65536 * host.instance.slots
+        assert await other.engine.boxes() == {two.id: True}
+    finally:
+        await other.destroy_all()
+        await other.close()
+    assert await one.sh("echo here") == "here"
+    claims = [path.read_text() for path in other.instance.directory.parent.glob("*/claim")]
+    assert not any(str(other.instance.state) in claim for claim in claims)
+
+
+async def test_a_reboot_leaves_a_trace_and_no_claim_on_a_process(host: Host) -> None:
+    box = await host.box()
+    await host.close()
+    record = json.loads((box.folder / "box.json").read_text())
+    (box.folder / "box.json").write_text(json.dumps(record | {"boot": "another"}))
+    await host.open()
+    assert await host.engine.boxes() == {box.id: False}
+    await host.engine.destroy(box.id)
+    assert host.leftovers() == []
+
+
+async def test_a_long_path_of_the_state_folder_is_no_matter(host: Host, tmp_path: Path) -> None:
+    other = Host(host.image, tmp_path / ("long" * 30) / ("folder" * 20), runtime=host.settings.runtime)
+    await other.open()
+    try:
+        assert await (await other.box()).sh("echo hi") == "hi"
+    finally:
+        await other.destroy_all()
+        await other.close()
+
+
+async def test_a_disk_nested_beyond_all_paths_is_deleted(host: Host) -> None:
+    box = await host.box()
+    script = "import os\nfor n in range(6000):\n  os.mkdir('d'); os.chdir('d')"
+    assert (await box.run("python3", "-c", script)).status == 0
+    await host.engine.destroy(box.id)
+    assert host.leftovers() == []
+
+
+async def test_a_failed_start_is_explained_and_leaves_nothing(host: Host, tmp_path: Path) -> None:
+    image = host.image
+    host.image = replace(image, layers=(tmp_path / "missing",))
+    with pytest.raises(EngineError, match=r"cannot make the box dbx_.*missing"):
+        await host.box()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "odd" / "run").mkdir(parents=True)
+    (tmp_path / "odd" / "run" / "devboxd").write_text("")
+    (tmp_path / "odd" / "proc").write_text("")
+    host.image = replace(image, layers=(tmp_path / "odd",))
+    with pytest.raises(EngineError, match=r"cannot start the box dbx_.* said: .*proc"):
+        await host.box()
+    assert host.leftovers() == []
+    host.image = image
+    assert await (await host.box()).sh("echo on") == "on"
+
+
+async def test_a_missing_runtime_is_a_setup_error(host: Host) -> None:
+    other = Host(host.image, host.settings.state.with_name("other"), runtime="no-such-runtime")
+    with pytest.raises(SetupError, match="cannot find the OCI runtime 'no-such-runtime'; install"):
+        await other.open()
+    other.instance.close()
+
+
+async def test_cancelling_create_leaves_nothing(host: Host) -> None:
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.02, 0.04):
+        making = asyncio.ensure_future(host.engine.create(host.spec()))
+        await asyncio.wait({making}, timeout=delay)
+        making.cancel()
+        if await asyncio.gather(making, return_exceptions=True) != [None]:
+            assert await host.engine.boxes() == {}
+        await host.destroy_all()
+    assert host.leftovers() == []
+
+
+_MAKER = """
+import asyncio, sys
+from pathlib import Path
+from devboxd.engine.base import Image
+from support.engine import Host
+async def main():
+    host = Host(Image("test", tuple(map(Path, sys.argv[3:]))), Path(sys.argv[1]), runtime=sys.argv[2])
+    await host.open()
+    print("open", flush=True)
+    while True:
+        box = await host.box()
+        print("made", box.id, flush=True)
+        if len(host.boxes) % 2 == 0:
+            print("going", box.id, flush=True)
+            await host.engine.destroy(box.id)
+asyncio.run(main())
+"""
+
+
+async def test_a_server_killed_at_any_moment_leaves_only_whole_boxes(host: Host, tmp_path: Path) -> None:
+    chance = random.Random(4)
+    other = Host(host.image, tmp_path / "other", runtime=host.settings.runtime)
+    for _ in range(6):
+        words = [str(tmp_path / "other"), host.settings.runtime, *map(str, host.image.layers)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        maker = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _MAKER, *words, stdout=asyncio.subprocess.PIPE, env=environment
+        )
+        assert maker.stdout is not None
+        assert await maker.stdout.readline() == b"open\n"
+        await asyncio.sleep(chance.uniform(0, 0.2))  # the moment is the thing that varies here
+        maker.kill()
+        told = [line.decode().split() for line in (await maker.stdout.read()).splitlines()]
+        await maker.wait()
+        await other.open()
+        try:
+            found = await other.engine.boxes()
+            going = {line[1] for line in told if line[0] == "going"}
+            whole = {line[1] for line in told if line[0] == "made"} - going
+            assert {box_id: found.get(box_id) for box_id in whole} == dict.fromkeys(whole, True)
+            for box_id in (box_id for box_id, lives in found.items() if lives):
+                await asyncio.wait_for(other.known(box_id).sh("true"), 20)
+        finally:
+            await other.destroy_all()
+            left = other.leftovers()
+            await other.close()
+        assert left == []
+
+
+class Unified(cgroups.Version2):
+    """Version 2 beside version 1: without controllers, but a real hierarchy to enter and to kill in."""
+
+    def __init__(self, instance: str) -> None:
+        super().__init__(instance, cgroups.ROOT / "unified")
+
+    def show_unified(self) -> None:
+        cgroups.Version1(self.name, cgroups.ROOT).show_unified()
+
+
+@pytest.mark.skipif(not (cgroups.ROOT / "unified").is_dir(), reason="this machine has version 2 alone, or not at all")
+async def test_boxes_live_in_version_2(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "find", Unified)
+    host = Host(image, tmp_path / "state")
+    await host.open()
+    try:
+        box = await host.box()
+        assert f"0::/devboxd-{host.instance.id}/boxes/{box.id}\n" in Path(f"/proc/{box.pid}/cgroup").read_text()
+        assert (await box.sh("grep 0:: /proc/self/cgroup")) == "0::/"
+        assert (await box.sh("cat /sys/fs/cgroup/cgroup.events")).startswith("populated 1")
+        await host.engine.destroy(box.id)
+        assert host.leftovers() == []
+    finally:
+        await host.destroy_all()
+        await host.close()
+
+
+async def test_no_limit_is_inherited(host: Host) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+    try:
+        box = await host.box()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert await box.sh("ulimit -n") == str(min(65536, hard))

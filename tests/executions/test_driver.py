@@ -1,0 +1,188 @@
+"""The script of a named shell, run by a real bash outside of any box: what stays and what ends, without noise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from devboxd.executions.shells import DRIVER
+
+
+class Driver:
+    """Plays the agent's part for one bash."""
+
+    def __init__(self, root: Path, home: Path) -> None:
+        self.root = root
+        self.home = home
+        self.number = 0
+        self.start()
+
+    def start(self) -> None:
+        (self.root / "s" / "k").mkdir(parents=True, exist_ok=True)
+        (self.root / "x").mkdir(exist_ok=True)
+        commands, self.commands = os.pipe()
+        self.control, control = os.pipe()
+        script = DRIVER.replace("/run/devboxd", str(self.root))
+
+        def descriptors() -> None:
+            os.dup2(commands, 120)
+            os.dup2(control, 121)
+            os.dup2(120, 20)
+            os.dup2(121, 21)
+            os.closerange(22, 1000)
+
+        self.process = subprocess.Popen(
+            ["bash", "-lc", script, "bash", "k"],
+            cwd=self.home,
+            env={"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=descriptors,
+            close_fds=False,
+        )
+        os.close(commands)
+        os.close(control)
+        self.answers = os.fdopen(self.control, "r")
+
+    def run(self, command: str, stdin: str | None = None) -> tuple[int, str, str]:
+        """(status, stdout, stderr); the status of the process itself when the shell died."""
+        self.number += 1
+        key = f"e{self.number}"
+        folder = self.root / "x" / key
+        folder.mkdir()
+        (folder / "c").write_text(command)
+        results = {}
+
+        def read(name: str, descriptor: int) -> None:
+            with open(descriptor) as file:
+                results[name] = file.read()
+
+        holders, readers = [], []
+        for name in ("1", "2"):
+            os.mkfifo(folder / name)
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK)
+            os.set_blocking(descriptor, True)
+            holders.append(os.open(folder / name, os.O_WRONLY))
+            readers.append(threading.Thread(target=read, args=(name, descriptor)))
+            readers[-1].start()
+        feeder = None
+        if stdin is not None:
+            os.mkfifo(folder / "0")
+            feeder = threading.Thread(target=lambda: (folder / "0").write_text(stdin))
+            feeder.start()
+        os.write(self.commands, f"{key}\n".encode())
+        lines = []
+        for line in self.answers:
+            lines.append(line.split())
+            if lines[-1][0] == "E":
+                break
+        for holder in holders:
+            os.close(holder)
+        for thread in [*readers, *([feeder] if feeder else [])]:
+            thread.join()
+        status = int(lines[-1][2]) if lines and lines[-1][0] == "E" else self.died()
+        return status, results["1"], results["2"]
+
+    def died(self) -> int:
+        status = self.process.wait()
+        self.close()
+        self.start()
+        return status if status >= 0 else 128 - status
+
+    def close(self) -> None:
+        self.answers.close()
+        os.close(self.commands)
+        self.process.wait()
+
+
+@pytest.fixture
+def shell(tmp_path: Path):
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed, and the script is one of bash")
+    home = tmp_path / "home"
+    home.mkdir()
+    driver = Driver(tmp_path / "run", home)
+    yield driver
+    driver.close()
+
+
+def test_streams_are_apart_and_without_noise(shell: Driver) -> None:
+    assert shell.run("echo out; echo err >&2; (exit 7)") == (7, "out\n", "err\n")
+    assert shell.run("true") == (0, "", "")
+
+
+def test_state_persists(shell: Driver) -> None:
+    shell.run("cd /; export A='x y'; f() { echo f$A; }; alias ll='echo alias'; set -o pipefail; shopt -s nullglob; B=1")
+    assert shell.run('pwd; echo "$A"; f; ll; false | true; echo $?; shopt nullglob; echo $B')[:2] == (
+        0,
+        "/\nx y\nfx y\nalias\n1\nnullglob       \ton\n1\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("exit 3", 3), ("exec false", 1), ("kill -9 $$", 137), ("exec sh -c 'exit 9'", 9)]
+)
+def test_a_death_ends_only_its_command(shell: Driver, command: str, status: int) -> None:
+    shell.run("cd /usr; export A=1; f() { echo f; }; alias ll='echo alias'; set -o pipefail; unset LANG")
+    assert shell.run(f"cd /tmp; export A=2; {command}")[0] == status
+    assert shell.run("pwd; echo $A; f; ll; false | true; echo $? ${LANG-unset}")[:2] == (
+        0,
+        "/usr\n1\nf\nalias\n1 unset\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["if", "echo 'open", "done", "break", "break 2", "continue", "(", "}"])
+def test_a_broken_command_ends_only_itself(shell: Driver, command: str) -> None:
+    shell.run("cd /usr")
+    status, out, _ = shell.run(command)
+    assert out == ""
+    assert shell.run("pwd") == (0, "/usr\n", "")
+
+
+def test_the_same_process_lives_on(shell: Driver) -> None:
+    first = shell.run("echo $$")[1]
+    assert shell.run("echo $$")[1] == first
+
+
+def test_stdin(shell: Driver) -> None:
+    assert shell.run("cat; echo end", stdin="a\nb\n") == (0, "a\nb\nend\n", "")
+    assert shell.run("cat") == (0, "", "")
+    assert shell.run("read x; echo got:$x", stdin="word\n") == (0, "got:word\n", "")
+
+
+def test_children_see_three_descriptors_only(shell: Driver) -> None:
+    assert shell.run("ls /proc/self/fd | sort -n | head -n 4 | xargs")[1] in ("0 1 2 3\n",)
+
+
+def test_background_jobs_have_groups_of_their_own(shell: Driver) -> None:
+    _, out, err = shell.run("sleep 30 >/dev/null 2>&1 & echo $! $(ps -o pgid= -p $!) $(ps -o pgid= -p $$)")
+    pid, group, own = out.split()
+    assert (group, err) == (pid, "")
+    assert group != own
+    shell.run("kill -9 $$")
+    os.kill(int(pid), 0)
+    os.kill(int(pid), 9)
+
+
+def test_odd_settings_do_not_harm(shell: Driver) -> None:
+    assert shell.run("set -u; set -e")[0] == 0
+    assert shell.run("echo ok") == (0, "ok\n", "")
+    assert shell.run("false; echo no")[:2] == (1, "")
+    assert shell.run("set +e; IFS=:; PATH=/nowhere; echo still") == (0, "still\n", "")
+    assert shell.run("printf() { :; }; read() { :; }; eval() { :; }; echo ok")[1] == "ok\n"
+    assert shell.run("echo ok2")[1] == "ok2\n"
+
+
+def test_multiline_and_heredoc(shell: Driver) -> None:
+    assert shell.run("\ncat <<X\nline\nX\nfor i in 1 2; do\n echo $i\ndone\n")[1] == "line\n1\n2\n"
+
+
+def test_a_large_command(shell: Driver) -> None:
+    text = "x" * 300_000
+    assert shell.run(f"v={text}; echo ${{#v}}")[1] == "300000\n"

@@ -1,0 +1,71 @@
+"""The logs of a devbox: what its commands said, bounded, also after its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from support.api import Api
+
+pytestmark = pytest.mark.box
+
+
+def logs(api: Api, box: str, **query: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api.call("GET", f"/v1/devboxes/{box}/logs", params=query)["logs"]
+    return found
+
+
+def messages(entries: list[dict[str, Any]]) -> list[str]:
+    return [entry["message"] for entry in entries]
+
+
+def test_each_command_with_its_lines_oldest_first(api: Api) -> None:
+    box = api.create(launch_parameters={"launch_commands": ["echo made"]}, entrypoint="echo serving; sleep 600")
+    first = api.run(box, "echo one; echo two; echo bad >&2; exit 3")["execution_id"]
+    second = api.run(box, "printf 'no end'", shell_name="work")["execution_id"]
+    found = logs(api, box)
+    assert {"-> echo made", "made", "-> echo serving; sleep 600"} < set(messages(found))
+    assert {entry["source"] for entry in found} == {"setup_commands", "entrypoint", "exec"}
+    own = [entry for entry in found if entry["source"] == "exec"]
+    assert messages(own) == [
+        "-> echo one; echo two; echo bad >&2; exit 3", "one", "two", "bad", "-> printf 'no end'", "no end"
+    ]  # fmt: skip
+    assert [entry["cmd_id"] for entry in own] == [first] * 4 + [second] * 2
+    assert [entry["level"] for entry in own[:4]] == ["info", "info", "info", "error"]
+    assert (own[0]["exit_code"], own[0]["cmd"]) == (3, "echo one; echo two; echo bad >&2; exit 3")
+    assert [entry["timestamp_ms"] for entry in found] == sorted(entry["timestamp_ms"] for entry in found)
+    assert messages(logs(api, box, execution_id=first)) == messages(own)[:4]
+    assert messages(logs(api, box, shell_name="work")) == messages(own)[4:]
+    assert logs(api, box, shell_name="other") == []
+    api.shutdown(box)
+    assert messages(logs(api, box, execution_id=second)) == messages(own)[4:]
+
+
+def test_a_running_command_shows_its_lines_so_far(api: Api, box: str) -> None:
+    execution = api.start(box, "echo soon; sleep 600")
+    while "soon" not in messages(logs(api, box, execution_id=execution)):
+        pass
+    assert logs(api, box, execution_id=execution)[0]["exit_code"] is None
+    api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill", {})
+
+
+def test_logs_are_bounded_and_keep_the_newest(api: Api, box: str) -> None:
+    api.run(box, ": " + "x" * 300_000)
+    api.run(box, "seq 1 3000")
+    found = logs(api, box)
+    assert len(found) == 1000
+    assert messages(found)[-1] == "3000"
+    api.run(box, "head -c 900000 /dev/zero | tr '\\0' a; echo; head -c 900000 /dev/zero | tr '\\0' b")
+    found = logs(api, box)
+    assert sum(len(message) for message in messages(found)) <= 1 << 20
+    assert messages(found)[-1] == "b" * 900000
+    assert not any(message.startswith("aaa") for message in messages(found))
+    for number in range(3):
+        api.run(box, f": {number} " + "x" * 300_000)
+    assert all(len(message) < 2000 for message in messages(logs(api, box)[-3:]))
+
+
+def test_unknown_things_have_no_logs(api: Api, box: str) -> None:
+    api.refused("GET", f"/v1/devboxes/{box}/logs?execution_id=unknown", 404)
+    api.refused("GET", "/v1/devboxes/dbx_000000000000000000000/logs", 404)

@@ -1,0 +1,1 @@
+"""Helpers of the tests: a real server, a small client, the published clients' environments."""

@@ -1,0 +1,61 @@
+"""What a server left on the machine after it ended and its boxes were shut down. Looks at its own things only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+RUN = Path("/run/devboxd")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def leftovers(state: Path) -> list[str]:
+    """Mounts, processes, namespaces, links and cgroups of the server with this state folder, in words."""
+    claim = _claim(state)
+    marks = [str(state)] + ([f"{claim}/"] if claim else [])
+    found = [f"mount {point}" for point in _mounts() if any(mark in point for mark in marks)]
+    found += [f"process {pid}: {text}" for pid, text in _processes() if any(mark in text for mark in marks)]
+    if claim:
+        found += [f"{kind} {name}" for kind, name in _named(claim.name)]
+    return found
+
+
+def _claim(state: Path) -> Path | None:
+    """The folder with the server's share of the machine."""
+    for path in RUN.glob("*/claim"):
+        if json.loads(path.read_text()).get("state") == str(state.resolve()):
+            return path.parent
+    return None
+
+
+def _mounts() -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        yield line.split()[4]
+
+
+def _processes() -> Iterator[tuple[int, str]]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                words = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
+                yield int(name), b" ".join(words).decode("utf-8", "replace")
+            except OSError:
+                continue
+
+
+def _named(instance: str) -> Iterator[tuple[str, str]]:
+    """Cgroups of boxes, links and tables whose names carry the id of the instance.
+
+    The server cannot remove the cgroup in which it ended itself; an empty one costs nothing and is used again.
+    """
+    for folder, names, _ in os.walk(CGROUPS):
+        if f"devboxd-{instance}/boxes" in folder:
+            yield from (("cgroup", f"{folder}/{name}") for name in names)
+    links = re.compile(rf"dbx{instance}[0-9]+")
+    yield from (("link", name) for name in os.listdir("/sys/class/net") if links.fullmatch(name))
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, timeout=30, check=False)
+    yield from (("table", line) for line in tables.stdout.splitlines() if line.endswith(f" devboxd_{instance}"))

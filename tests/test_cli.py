@@ -1,0 +1,346 @@
+"""The command line: fast, readable in a narrow window, one line for each refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devboxd import systemd
+from devboxd.store.db import FILE_NAME, Store
+from support.server import Server
+
+COMMANDS = (
+    (), ("serve",), ("doctor",), ("image",), ("image", "build"), ("systemd-unit",), ("keys",), ("keys", "create"),
+    ("keys", "list"), ("keys", "revoke"), ("boxes",), ("boxes", "list"), ("boxes", "exec"), ("boxes", "logs"),
+    ("boxes", "shutdown"),
+)  # fmt: skip
+NO_KEY = {"DEVBOXD_KEY": "", "RUNLOOP_API_KEY": "", "DEVBOXD_URL": "", "RUNLOOP_BASE_URL": ""}
+
+
+def devboxd(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    options.setdefault("stdin", subprocess.DEVNULL if "input" not in options else None)
+    return subprocess.run(
+        [sys.executable, "-m", "devboxd.cli", *arguments], text=True, capture_output=True, timeout=120, check=False,
+        env={**os.environ, **NO_KEY, "DEVBOXD_CONFIG": "/dev/null", **(env or {})}, **options,
+    )  # fmt: skip
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert done.stderr.startswith("cannot "), done.stderr
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+# help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_fits_a_narrow_window(command: tuple[str, ...]) -> None:
+    done = devboxd(*command, "--help", env={"COLUMNS": "60"})
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 60
+    assert "..." not in done.stdout.replace("CMD...", "").replace("[ID]...", "").replace("[ARGS]...", "")
+
+
+def test_the_command_line_starts_without_the_server() -> None:
+    code = "import devboxd.cli, sys; print(*sorted(sys.modules))"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+    heavy = {"sqlalchemy", "alembic", "starlette", "granian", "rich", "structlog", "msgspec", "asyncio", "http.client"}
+    assert not loaded & heavy
+    times = []
+    for _ in range(5):
+        begun = time.monotonic()
+        devboxd("--help")
+        times.append(time.monotonic() - begun)
+    assert min(times) < 0.3
+
+
+def test_the_version() -> None:
+    assert re.fullmatch(r"devboxd \d+\.\d+\.\d+\n", devboxd("--version").stdout)
+
+
+# refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nothing",), ["nothing", "--help"]),
+        (("serve", "--prot", "1"), ["--prot"]),
+        (("serve", "--port", "0"), ["--port"]),
+        (("serve", "--port", "x"), ["--port"]),
+        (("serve", "--config", "/nonexistent"), ["/nonexistent"]),
+        (("keys", "create", "--state", "/dev/null/x"), ["/dev/null/x"]),
+        (("keys", "revoke"), ["ID"]),
+        (("boxes", "list"), ["DEVBOXD_KEY"]),
+        (("boxes", "list", "--key-file", "/nonexistent"), ["/nonexistent"]),
+        (("boxes", "exec", "dbx_1"), ["CMD"]),
+        (("boxes", "shutdown"), ["--all"]),
+        (("boxes", "shutdown", "--all", "dbx_1"), ["--all"]),
+    ],
+)
+def test_a_wrong_call_is_refused_in_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
+    refused(devboxd(*arguments), *words)
+
+
+@pytest.mark.parametrize("url", ["ftp://localhost", "http://", "http://127.0.0.1:1", "http://[::1]:1"])
+def test_a_server_that_cannot_be_reached_is_told_at_once(url: str) -> None:
+    begun = time.monotonic()
+    refused(devboxd("boxes", "list", "--url", url, env={"DEVBOXD_KEY": "ak_x"}), "cannot")
+    assert time.monotonic() - begun < 5
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    done = devboxd("keys")
+    assert done.returncode == 2
+    assert "create" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_serve_needs_root_and_says_so(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.setgid(65534); os.setuid(65534); sys.argv = ['devboxd', 'serve', '--state', sys.argv[1]];"
+    )
+    code += "from devboxd.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", "import devboxd.cli, devboxd.config;" + code, tmp_path / "state"],
+        capture_output=True, text=True, check=False, env={**os.environ, "DEVBOXD_CONFIG": "/dev/null"},
+    )  # fmt: skip
+    refused(done, "root", "systemd-unit")
+
+
+# keys
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+def test_keys_are_made_listed_and_revoked_beside_a_running_server(state: Path) -> None:
+    running = Store.open(state / FILE_NAME)
+    folder = ("--state", str(state))
+    made = [devboxd("keys", "create", "--name", name, *folder) for name in ("one", "[b]two\x1b")]
+    for done in made:
+        assert re.fullmatch(r"ak_[A-Za-z0-9_-]{43}\n", done.stdout)
+        assert done.stderr == ""
+    first, second = json.loads(devboxd("keys", "list", "--json", *folder).stdout)
+    assert (first["name"], second["name"]) == ("one", "[b]two\x1b")
+    assert devboxd("keys", "revoke", first["id"], *folder).returncode == 0
+    assert devboxd("keys", "revoke", first["id"], *folder).returncode == 0
+    listed = devboxd("keys", "list", *folder).stdout.splitlines()
+    assert listed[0].endswith("revoked")
+    assert listed[1].split("\t")[1] == "[b]two\N{REPLACEMENT CHARACTER}"
+    assert "ak_" not in "".join(listed)
+    running.close()
+
+
+def test_revoking_an_unknown_key_is_refused(state: Path) -> None:
+    refused(devboxd("keys", "revoke", "key_" + "0" * 21, "--state", str(state)), "no such key")
+    refused(devboxd("keys", "revoke", "nonsense", "--state", str(state)), "nonsense")
+
+
+# systemd
+
+
+def test_the_unit_runs_this_installation() -> None:
+    unit = devboxd("systemd-unit", "--state", "/srv/my boxes%", "--port", "9").stdout
+    for line in (
+        "KillMode=process", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity", "Type=notify",
+        "LimitNOFILE=1048576",
+    ):  # fmt: skip
+        assert line in unit.splitlines()
+    command = next(line for line in unit.splitlines() if line.startswith("ExecStart=/"))
+    assert command.endswith(' serve --state "/srv/my boxes%%" --port 9')
+    assert Path(command.removeprefix("ExecStart=").split()[0]).exists()
+
+
+def test_systemd_hears_that_the_server_is_ready(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        assert systemd.notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert listener.recv(100) == b"READY=1"
+    name = f"@devboxd-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name[1:])
+        assert systemd.notify("READY=1", {"NOTIFY_SOCKET": name})
+        assert listener.recv(100) == b"READY=1"
+    assert not systemd.notify("READY=1", {"NOTIFY_SOCKET": name})
+    assert not systemd.notify("READY=1", {})
+
+
+# logs
+
+
+def test_logs_are_json_away_from_a_terminal() -> None:
+    code = (
+        "from devboxd import logs; logs.configure('auto'); import structlog, logging;"
+        "log = structlog.get_logger(); log.info('request', path='/x\\n', ms=1.5);"
+        "logging.getLogger('library').warning('careful %s', 1); log.debug('hidden')\n"
+        "try:\n    1 / 0\nexcept ZeroDivisionError:\n    log.exception('failed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["request", "careful 1", "failed"]
+    assert lines[0]["path"] == "/x\n"
+    assert "ZeroDivisionError" in lines[2]["exception"]
+    assert done.stdout == ""
+
+
+def test_a_traceback_in_text_shows_no_values() -> None:
+    code = (
+        "from devboxd import logs; logs.configure('text'); import structlog\n"
+        "secret = 'hunter' + '2'\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n"
+        "    structlog.get_logger().exception('failed')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "ZeroDivisionError" in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+# boxes
+
+
+@pytest.fixture(scope="module")
+def env(server: Server) -> dict[str, str]:
+    return {"DEVBOXD_URL": server.url, "DEVBOXD_KEY": server.key}
+
+
+def test_boxes_are_listed(env: dict[str, str], box: str) -> None:
+    rows = [line.split("\t") for line in devboxd("boxes", "list", env=env).stdout.splitlines()]
+    assert [box, "running"] in [row[:2] for row in rows]
+    listed = json.loads(devboxd("boxes", "list", "--json", "--status", "running", env=env).stdout)
+    assert box in {view["id"] for view in listed}
+
+
+def test_exec_shows_output_and_ends_with_the_exit_code(env: dict[str, str], box: str) -> None:
+    done = devboxd("boxes", "exec", box, "--", "echo out; echo err >&2; exit 42", env=env)
+    assert (done.stdout, done.stderr, done.returncode) == ("out\n", "err\n", 42)
+    done = devboxd("boxes", "exec", box, "--", "printf", "%s|", "a b", "$HOME", "--help", env=env)
+    assert (done.stdout, done.returncode) == ("a b|$HOME|--help|", 0)
+    done = devboxd("boxes", "exec", "--json", box, "--", "exit 3", env=env)
+    assert (json.loads(done.stdout)["exit_status"], done.returncode) == (3, 3)
+
+
+def test_exec_passes_standard_input_on(env: dict[str, str], box: str) -> None:
+    text = "é" * 200_000 + "\n"
+    done = devboxd("boxes", "exec", box, "--", "wc -c; wc -c < /dev/null", env=env, input=text)
+    assert done.stdout.split() == ["400001", "0"]
+    assert devboxd("boxes", "exec", box, "--", "cat", env=env, input=text).stdout == text
+
+
+def test_exec_gives_large_output_whole(env: dict[str, str], box: str) -> None:
+    done = devboxd("boxes", "exec", box, "--", "seq 300000", env=env)
+    assert done.stdout == "".join(f"{number}\n" for number in range(1, 300_001))
+
+
+def test_an_interrupt_kills_the_command_in_the_box(env: dict[str, str], box: str) -> None:
+    command = [sys.executable, "-m", "devboxd.cli", "boxes", "exec", box, "--", "echo begun; sleep 314159"]
+    with subprocess.Popen(
+        command, env={**os.environ, **env}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "begun\n"
+        child.send_signal(signal.SIGINT)
+        assert child.wait(20) == 130
+    done = devboxd("boxes", "exec", box, "--", "pgrep -f 'sleep 31415[9]'", env=env)
+    assert done.returncode == 1, done.stdout
+
+
+def test_logs_of_a_box(env: dict[str, str], box: str) -> None:
+    devboxd("boxes", "exec", box, "--", "echo a word for the log", env=env)
+    assert "a word for the log" in devboxd("boxes", "logs", box, env=env).stdout
+
+
+def test_errors_of_the_server_are_one_line(env: dict[str, str]) -> None:
+    refused(devboxd("boxes", "exec", "dbx_" + "0" * 21, "--", "true", env=env))
+    refused(devboxd("boxes", "logs", "nonsense", env=env))
+    refused(devboxd("boxes", "list", env={**env, "DEVBOXD_KEY": "ak_wrong"}), "key")
+
+
+def test_boxes_are_shut_down(env: dict[str, str], server: Server) -> None:
+    with server.api() as api:
+        made = [api.create(name=f"to end {number}") for number in range(2)]
+    assert devboxd("boxes", "shutdown", made[0], env=env).stdout.split() == [made[0]]
+    assert made[1] in json.loads(devboxd("boxes", "shutdown", made[1], "--json", env=env).stdout)
+    running = json.loads(devboxd("boxes", "list", "--json", "--status", "running", env=env).stdout)
+    assert not {view["id"] for view in running} & set(made)
+
+
+# streams that break
+
+
+class Faulty(threading.Thread):
+    """Speaks just enough HTTP to break a stream in the ways in which a server can be lost."""
+
+    def __init__(self, answers: list[bytes]) -> None:
+        import socket
+
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.answers = answers
+        self.asked: list[str] = []
+
+    def run(self) -> None:
+        for answer in self.answers:
+            connection, _ = self.listener.accept()
+            with connection:
+                request = connection.recv(65536)
+                self.asked.append(request.split()[1].decode())
+                connection.sendall(answer)
+
+
+def events(*chunks: tuple[int, str], end: bytes = b"0\r\n\r\n") -> bytes:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    lines = [
+        f": ping\n\ndata: {json.dumps({'output': text, 'offset': offset})}\n\n".encode() for offset, text in chunks
+    ]
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(line), line) for line in lines) + end
+
+
+@pytest.fixture
+def faulty() -> Iterator[Any]:
+    made: list[Faulty] = []
+
+    def make(*answers: bytes) -> Faulty:
+        made.append(Faulty(list(answers)))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.listener.close()
+
+
+def test_a_stream_is_read_once_over_broken_connections(faulty: Any) -> None:
+    from devboxd.remote import Remote
+
+    error = b'event: error\ndata: {"code": 408, "message": "again"}\n\n'
+    stopped = b"%x\r\n%s\r\n0\r\n\r\n" % (len(error), error)
+    server = faulty(
+        events((0, "one "), (4, "tw"), end=b""),  # lost in the middle
+        events((4, "two "), (8, ""), end=stopped),  # stopped in order, with the end told
+        b"HTTP/1.1 503 Unavailable\r\ncontent-length: 2\r\n\r\n{}",
+        events((8, "three\N{REPLACEMENT CHARACTER}")),
+    )
+    assert "".join(Remote(server.url, "ak_x").stream("/s")) == "one two three\N{REPLACEMENT CHARACTER}"
+    assert server.asked == ["/s?offset=0", "/s?offset=4", "/s?offset=8", "/s?offset=8"]

@@ -1,0 +1,150 @@
+"""What doctor finds on this machine, and on machines that lack something."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devboxd import doctor, probes
+from devboxd.config import Settings
+from devboxd.engine.netns import inside
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="really tries what only root may do")
+
+
+def by_name(settings: Settings) -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.checks(settings)}
+
+
+@needs_root
+def test_a_machine_that_runs_these_tests_can_serve(tmp_path: Path) -> None:
+    settings = Settings(state=tmp_path / "not" / "yet")
+    assert doctor.required(settings) == []
+    found = by_name(settings)
+    for name in (
+        "OCI runtime",
+        "Seccomp",
+        "Cgroups",
+        "Namespaces",
+        "Overlay and mapped ids",
+        "Nftables",
+        "State folder",
+    ):
+        assert found[name].level == "ok", found[name]
+    assert not (tmp_path / "not").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_says_what_is_not_promised() -> None:
+    found = by_name(Settings())
+    assert "those of the local network included" in found["Network"].consequence
+    assert "shared with all boxes" in found["Kernel"].found
+    assert by_name(Settings(deny_cidrs=("10.0.0.0/8",)))["Network"].level == "ok"
+    assert by_name(Settings(nested_user_namespaces=True))["Kernel"].level == "warning"
+
+
+def test_each_lack_has_its_consequence_and_its_cure(tmp_path: Path) -> None:
+    settings = Settings(runtime=str(tmp_path / "crun"), allow_endpoints=("127.0.0.1:80",))
+    lacks = {check.name: check for check in doctor.required(settings)}
+    assert {"OCI runtime", "Settings"} <= set(lacks)
+    for check in doctor.checks(settings):
+        assert check.found, check
+        assert check.consequence, check
+        assert bool(check.cure) == (check.level != "ok"), check
+    text = str(lacks["OCI runtime"])
+    assert text.startswith("cannot serve: OCI runtime: ")
+    assert "apt-get install crun" in text
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs", "overlay"])
+def test_a_state_folder_that_cannot_keep_promises_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "file_system", lambda _: (kind, "/srv"))
+    (refusal,) = (check for check in doctor.required(Settings(state=Path("/srv/x"))) if check.name == "State folder")
+    assert kind in refusal.found
+    assert "--state" in refusal.cure
+
+
+@needs_root
+def test_mounts_are_told_apart(tmp_path: Path) -> None:
+    """A real overlay and a real tmpfs below it, in a mount namespace that ends with the question."""
+    program = "import sys, pathlib, devboxd.probes as p; print(*p.file_system(pathlib.Path(sys.argv[1])))"
+    for name in ("l", "u", "w", "m"):
+        (tmp_path / name).mkdir()
+    mounts = (
+        f"cd {tmp_path} && mount -t overlay none -o lowerdir=l,upperdir=u,workdir=w m && mkdir 'm/a b' && "
+        'mount -t tmpfs none "m/a b" && for x in m/y m-y "m/a b/z/z"; do "$0" -c "$1" "$PWD/$x"; done'
+    )
+    command = ["unshare", "--mount", "sh", "-c", mounts, sys.executable, program]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[0] == f"overlay {tmp_path}/m"
+    assert out[2] == f"tmpfs {tmp_path}/m/a b"
+    assert not out[1].startswith(("overlay", "tmpfs"))
+
+
+@pytest.fixture
+def netns() -> Iterator[Path]:
+    name = f"devboxd-doctor-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    yield Path("/run/netns") / name
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@needs_root
+def test_a_firewall_that_drops_forwarded_packets_is_found(netns: Path) -> None:
+    def change(rules: str) -> Callable[[], list[str]]:
+        def work() -> list[str]:
+            subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+            return probes.forward_blockers()
+
+        return work
+
+    docker = "table ip filter { chain FORWARD { type filter hook forward priority filter; policy %s; }; }\n"
+    assert inside(netns, change(docker % "accept")) == []
+    assert inside(netns, change(docker % "drop")) == ["nftables ip filter FORWARD"]
+    assert "nftables inet firewalld" in inside(netns, change("table inet firewalld {}\n"))
+
+
+def test_json_and_text_say_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code = doctor.run(Settings(), as_json=False)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 40
+    assert doctor.run(Settings(), as_json=True) == code
+    rows = json.loads(capsys.readouterr().out)
+    assert {"name", "level", "found", "consequence", "cure"} == set(rows[0])
+    for row in rows:
+        assert row["name"] in " ".join(text.split())
+
+
+def test_without_root_it_tells_what_it_could_not_check(tmp_path: Path) -> None:
+    rows = as_nobody(Settings(cache=tmp_path / "cache"))
+    assert rows["Root"]["level"] == "warning"
+    assert rows["Kernel"]["level"] == "ok"
+    assert "Nftables" not in rows
+    assert rows["Cgroups"]["level"] == "ok"
+
+
+def as_nobody(settings: Settings) -> dict[str, Any]:
+    """The checks as a child without any privilege sees them; a fork, because that user may not read Python itself."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        found = {check.name: {"level": check.level, "found": check.found} for check in doctor.checks(settings)}
+        os.write(writing, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        rows = json.loads(answer.read() or "{}")
+    assert os.waitpid(child, 0)[1] == 0
+    return dict(rows)
