@@ -148,9 +148,10 @@ static void signal_body(const struct request *q, int channel, int unused) {
     struct slot *s = slot_find(q->key);
     (void)unused;
     uint32_t count = groups_scan(s->shell, s->groups, s->groups_count, groups);
+    /* The shell first: one that sees its child die would go on to what the command does next. */
+    int error = kill(s->shell->pid, (int)q->signal) < 0 ? errno : 0;
     for (uint32_t i = 0; i < count; i++) kill(-groups[i], (int)q->signal);
-    if (kill(s->shell->pid, (int)q->signal) < 0) finish(channel, STAGE_LOOKUP, errno);
-    finish(channel, STAGE_NONE, 0);
+    finish(channel, error ? STAGE_LOOKUP : STAGE_NONE, error);
 }
 
 static void text_write(int folder, int from, const struct slot *shell, int channel) {
