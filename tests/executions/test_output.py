@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devboxd.errors import ApiError
-from devboxd.executions.journals import Journals, Reader, Spool
+from devboxd.executions.journals import BLOCK, Journals, Reader, Spool
 from devboxd.executions.output import VIEW_BYTES, follow, lines_wanted, tail, whole_characters
+from devboxd.executions.views import Chunk
+from devboxd.http.streams import EndedEarlyError
 
 CAP = 1 << 30
 LINES = st.lists(st.text(alphabet="abé€😀", max_size=5), max_size=30)
@@ -66,10 +68,12 @@ def test_a_view_carries_at_most_a_mebibyte_and_begins_with_a_line() -> None:
     assert len(text) % 8 == 0
 
 
-def test_one_endless_line_is_cut_at_a_character() -> None:
-    text, cut = shown("€".encode() * 400_000, None)
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_one_endless_line_is_cut_at_a_character(end: str) -> None:
+    text, cut = shown("€".encode() * 400_000 + end.encode(), None)
     assert cut
-    assert set(text) == {"€"}
+    assert text.strip("€") == end
+    assert len(text.encode()) > VIEW_BYTES - 4
 
 
 @pytest.mark.parametrize(("text", "lines"), [(None, 100), ("", 100), ("3", 3), ("0", 0)])
@@ -121,13 +125,13 @@ async def collect(data: list[bytes], offset: int = 0) -> list[tuple[str, int]]:
 
 @pytest.mark.anyio
 async def test_a_stream_tells_where_it_stands() -> None:
-    assert await collect([b"first\n", b"second\n"]) == [("first\n", 0), ("", 6), ("second\n", 6)]
+    assert await collect([b"first\n", b"second\n"]) == [("first\n", 0), ("", 6), ("second\n", 6), ("", 13)]
 
 
 @pytest.mark.anyio
 async def test_a_character_cut_in_two_arrives_whole() -> None:
     euro = "€".encode()
-    assert await collect([b"a" + euro[:1], euro[1:2], euro[2:] + b"b"]) == [("a", 0), ("", 1), ("€b", 1)]
+    assert await collect([b"a" + euro[:1], euro[1:2], euro[2:] + b"b"]) == [("a", 0), ("", 1), ("€b", 1), ("", 5)]
 
 
 @pytest.mark.anyio
@@ -137,19 +141,38 @@ async def test_an_offset_past_the_end_ends_cleanly() -> None:
 
 @pytest.mark.anyio
 async def test_a_cut_character_at_the_end_is_replaced() -> None:
-    assert await collect([b"ok\xe2\x82"]) == [("ok�", 0)]
+    assert await collect([b"ok\xe2\x82"]) == [("ok�", 0), ("", 4)]
 
 
 @pytest.mark.anyio
-async def test_opening_again_at_any_last_offset_doubles_nothing() -> None:
-    pieces = [b"one\n", "zwei €\n".encode(), b"three\n"]
+@pytest.mark.parametrize("pieces", [[b"one\n", "zwei €\n".encode(), b"three\n"], [b"x" * (3 * BLOCK), b"end"]])
+async def test_opening_again_at_any_last_offset_doubles_nothing(pieces: list[bytes]) -> None:
+    """A chunk and the position after it leave in one write, so it is behind such pairs that a stream is cut."""
     whole = b"".join(pieces).decode()
     chunks = await collect(pieces)
-    for cut in range(len(chunks)):
+    for cut in range(1, len(chunks), 2):
         seen = "".join(text for text, _ in chunks[: cut + 1])
         again = await collect([b"".join(pieces)], offset=chunks[cut][1])
-        rest = "".join(text for text, _ in again)
-        assert seen + rest == whole or chunks[cut][0] != ""
+        assert seen + "".join(text for text, _ in again) == whole
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("completed", [True, False])
+async def test_a_stopping_server_never_ends_a_stream_as_if_it_were_whole(completed: bool) -> None:
+    descriptor = os.memfd_create("journal")
+    os.pwrite(descriptor, b"x" * (2 * BLOCK), 0)
+    opened = Reader(descriptor, CAP)
+    seen: list[Chunk] = []
+
+    async def never() -> bool:
+        raise AssertionError("a stopping server waits for nothing")
+
+    chunks = follow(opened, 0, lambda: 2 * BLOCK if completed else None, never, lambda: bool(seen))
+    seen += await anext(chunks)
+    with pytest.raises(EndedEarlyError):
+        await anext(chunks)
+    assert [chunk.offset for chunk in seen] == [0, BLOCK]
+    opened.close()
 
 
 def test_the_cap_bounds_what_is_read() -> None:

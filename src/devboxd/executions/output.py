@@ -36,7 +36,8 @@ def tail(reader: Reader, length: int, lines: int | None) -> tuple[str, bool]:
         start = before
     cut = 0
     if start > 0:
-        cut = data.find(b"\n") + 1 or _boundary(data)
+        newline = data.find(b"\n", 0, len(data) - 1)  # the one at the very end begins no line
+        cut = newline + 1 or _boundary(data)
     if lines is not None:
         cut = max(cut, _last_lines(data, lines))
     return data[cut:].decode("utf-8", "replace"), start > 0 or cut > 0
@@ -80,30 +81,23 @@ async def follow(
     """Chunks from byte `offset` until the execution has completed and everything was sent.
 
     `ended_at` gives the length at which to stop once the execution has completed, None before. `more` waits for more
-    and tells whether it came; if not, an empty tuple goes out, a heartbeat. When all is sent and more may come, an
-    empty chunk with the end position goes along: published clients open a cut stream again at the offset of the last
-    chunk that they saw, and so lose and double nothing. Raises EndedEarlyError once `stopping` and not completed.
+    and tells whether it came; if not, an empty tuple goes out, a heartbeat. With each chunk goes an empty one that
+    names the position after it: published clients open a cut stream again at the offset of the last chunk that they
+    saw, and so lose and double nothing. Raises EndedEarlyError once `stopping` and not everything was sent.
     """
-    position, told = offset, True
+    position = offset
     end: int | None = None
     while True:
         if end is None:
             end = ended_at()
-        if end is None and stopping():
-            if not told:
-                yield (Chunk("", position),)
+        if stopping() and (end is None or position < end):
             raise EndedEarlyError("cannot go on with this stream: the server stops; open it again")
         data = reader.read(position, BLOCK if end is None else min(BLOCK, end - position))
         text, used = whole_characters(data, final=end is not None and position + len(data) >= end)
         if used:
-            chunk = Chunk(text, position)
+            yield Chunk(text, position), Chunk("", position + used)
             position += used
-            told = end is None and len(data) < BLOCK
-            yield (chunk, Chunk("", position)) if told else (chunk,)
         elif end is not None:
             return
-        elif not told:
-            told = True
-            yield (Chunk("", position),)
         elif not await more():
             yield ()
