@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
+import uvloop
 from granian.constants import HTTPModes, Interfaces
 from granian.server.embed import Server
 
@@ -81,7 +82,8 @@ def run(settings: Settings) -> int:
     logs.configure(settings.log_format)
     instance = claim(settings.state)
     try:
-        asyncio.run(_serve(settings, instance))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, instance))
     finally:
         instance.close()
     return 0

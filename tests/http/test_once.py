@@ -119,6 +119,7 @@ async def test_answers_outlive_a_restart(web: Web) -> None:
     client = await web.client(key)
     first = await client.post("/v1/things", json={"command": "a"}, headers=same())
     plain = await client.post("/v1/large?size=5", headers=same())
+    await web.app.drain(5)
     web.store.close()
     web.open()
     client = await web.client(key)

@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, func, insert, select
-from sqlalchemy.exc import IntegrityError
 
 from devboxd.errors import SetupError
-from devboxd.store.db import FILE_NAME, HEAD, Store, StoreError
+from devboxd.store.db import FILE_NAME, HEAD, Store, StoreError, TakenError
 from devboxd.store.schema import accounts
 
 pytestmark = pytest.mark.anyio
@@ -72,7 +71,7 @@ async def test_an_exception_undoes_only_its_own_write(store: Store) -> None:
     results = await asyncio.gather(*writes, return_exceptions=True)
     assert results[0] == "a"
     assert isinstance(results[1], KeyError)
-    assert isinstance(results[2], IntegrityError)
+    assert isinstance(results[2], TakenError)
     assert results[3] == "b"
     assert await count(store) == 2
 
@@ -266,6 +265,23 @@ async def test_the_store_is_synchronous_and_in_wal_mode(store: Store) -> None:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+async def test_only_writes_that_ask_for_it_wait_for_the_disk(store: Store) -> None:
+    def setting(connection: Connection) -> object:
+        return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    assert await store.write(setting) == 2
+    assert await store.write(setting, synced=False) == 1
+    gate = threading.Event()
+    held = asyncio.ensure_future(store.write(lambda _: gate.wait(), synced=False))
+    await asyncio.sleep(0)
+    together = [store.write(setting, synced=False), store.write(add("kept")), store.write(setting, synced=False)]
+    waiting = asyncio.gather(*together)
+    await asyncio.sleep(0)
+    gate.set()
+    await held
+    assert await waiting == [2, "kept", 2]
 
 
 def test_a_file_that_is_no_store_is_refused(path: Path) -> None:

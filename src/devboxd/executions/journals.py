@@ -32,20 +32,24 @@ class Journals:
 
     def __init__(self, folder: Path, cap: int) -> None:
         self._folder = folder
+        self._prefix = f"{folder}/"  # plain text: joining a Path costs as much as opening the file
         self.cap = cap
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def path(self, devbox_id: str, execution_id: str, stream: str) -> Path:
         """Where a stream of an execution lies."""
-        return self._folder / devbox_id / f"{execution_id}.{stream}"
+        return Path(self._name(devbox_id, execution_id, stream))
+
+    def _name(self, devbox_id: str, execution_id: str, stream: str) -> str:
+        return f"{self._prefix}{devbox_id}/{execution_id}.{stream}"
 
     def make(self, devbox_id: str, execution_id: str) -> None:
         """Make both journals, empty, so that they can be watched before the command starts."""
-        (self._folder / devbox_id).mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._prefix + devbox_id, 0o700)
         for stream in ("stdout", "stderr"):
-            os.close(
-                os.open(self.path(devbox_id, execution_id, stream), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            )
+            name = self._name(devbox_id, execution_id, stream)
+            os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def discard(self, devbox_id: str, execution_id: str) -> None:
         """Remove the journals of an execution that never was."""
@@ -62,8 +66,9 @@ class Journals:
         with contextlib.ExitStack() as stack:
 
             def opened(stream: str, flags: int) -> int:
-                path = self.path(devbox_id, execution_id, stream)
-                descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(
+                    self._name(devbox_id, execution_id, stream), flags | os.O_CREAT | os.O_CLOEXEC, 0o600
+                )
                 stack.callback(os.close, descriptor)
                 return descriptor
 
@@ -75,7 +80,7 @@ class Journals:
 
     def append(self, devbox_id: str, execution_id: str, stream: Stream, data: bytes) -> None:
         """Add the server's own words (why a command could not start) to a journal."""
-        descriptor = os.open(self.path(devbox_id, execution_id, stream), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        descriptor = os.open(self._name(devbox_id, execution_id, stream), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
             os.write(descriptor, data)
         finally:
@@ -84,15 +89,15 @@ class Journals:
     def length(self, devbox_id: str, execution_id: str, stream: Stream) -> int:
         """How many bytes a journal holds, at most the cap; 0 when there is none."""
         try:
-            return min(self.path(devbox_id, execution_id, stream).stat().st_size, self.cap)
+            return min(os.stat(self._name(devbox_id, execution_id, stream)).st_size, self.cap)
         except FileNotFoundError:
             return 0
 
     def reader(self, devbox_id: str, execution_id: str, stream: Stream) -> Reader:
         """Open a journal for reading; one that is missing reads as empty."""
         try:
-            path = self.path(devbox_id, execution_id, stream)
-            return Reader(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), self.cap)
+            name = self._name(devbox_id, execution_id, stream)
+            return Reader(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), self.cap)
         except FileNotFoundError:
             return Reader(None, self.cap)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import msgspec
 import structlog
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, ExitEvent
 from devboxd.agent.protocol import Entry, EntryState, Scope, Stage
@@ -36,7 +35,7 @@ from devboxd.executions.views import view_of
 from devboxd.http.once import Once
 from devboxd.http.streams import wait
 from devboxd.ids import new_id
-from devboxd.store.db import Store, StoreError
+from devboxd.store.db import Store, StoreError, TakenError
 from devboxd.tasks import Tasks
 
 _log = structlog.get_logger()
@@ -180,7 +179,7 @@ class Executions:
         )
         try:
             return await self._tasks.finish(begin, f"start of {own_id}")
-        except IntegrityError:
+        except TakenError:
             if handle is None or (known := await self._known(box_id, handle, command)) is None:
                 raise
             return known
@@ -211,7 +210,7 @@ class Executions:
 
         try:
             self._journals.make(box.id, row.id)
-            await self._store.write(insert)
+            await self._store.write(insert, synced=False)
         except Exception as error:
             self._journals.discard(box.id, row.id)
             self._forget(box, running)
@@ -337,7 +336,7 @@ class Executions:
         """Write what must be written; a store that refuses (its disk is full) is tried until it can."""
         while True:
             try:
-                return await self._store.write(change)
+                return await self._store.write(change, synced=False)
             except StoreError as full:
                 _log.error("cannot store what an execution does; trying again", error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)

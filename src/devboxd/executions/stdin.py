@@ -83,7 +83,7 @@ class Stdin:
             await box.agent.signal(running.row.id, _SIGINT, Scope.GROUP)
         except (AgentError, AgentClosedError):
             return False
-        await self._store.write(lambda c: once.bind(c, running.row.id))
+        await self._store.write(lambda c: once.bind(c, running.row.id), synced=False)
         return True
 
     async def _feed(self, box: Box, running: Running, text: str, eof: bool, once: Once) -> bool:
@@ -98,7 +98,7 @@ class Stdin:
             rows.set_stdin(connection, row.id, length, eof)
             once.bind(connection, row.id)
 
-        await self._store.write(commit)
+        await self._store.write(commit, synced=False)
         running.row = msgspec.structs.replace(running.row, stdin_length=length, stdin_eof=eof)
         if running.told.is_set():
             await self.tell(box.agent, running)

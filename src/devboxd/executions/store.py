@@ -8,6 +8,7 @@ import msgspec
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from devboxd.store.schema import executions as table
+from devboxd.store.statement import Statement
 
 COMPLETED = "completed"
 RUNNING = "running"
@@ -37,20 +38,28 @@ class Execution(msgspec.Struct, frozen=True):
     end_time_ms: int | None
 
 
-_BY_HANDLE = select(table).where(table.c.devbox_id == bindparam("box"), table.c.handle == bindparam("handle"))
-_BY_ID = select(table).where(table.c.id == bindparam("id"))
-_OPEN = select(table).where(table.c.devbox_id == bindparam("box"), table.c.status != COMPLETED).order_by(table.c.id)
+_BY_HANDLE = Statement(
+    select(table).where(table.c.devbox_id == bindparam("box"), table.c.handle == bindparam("handle"))
+)
+_BY_ID = Statement(select(table).where(table.c.id == bindparam("id")))
+_OPEN = Statement(
+    select(table).where(table.c.devbox_id == bindparam("box"), table.c.status != COMPLETED).order_by(table.c.id)
+)
 COMMAND_SHOWN = 1024
 """Most characters of a command in a list of executions."""
-_SHORT = [column for column in table.c if column.name != "command"]
-_INSERT = insert(table)
-_STDIN = (
+_SHORT = [
+    func.substr(column, 1, COMMAND_SHOWN).label("command") if column.name == "command" else column for column in table.c
+]
+_INSERT = Statement(insert(table))
+_STDIN = Statement(
     update(table)
     .where(table.c.id == bindparam("key"))
     .values(stdin_length=bindparam("length"), stdin_eof=bindparam("eof"))
 )
-_RUNNING = update(table).where(table.c.id == bindparam("key"), table.c.status == QUEUED).values(status=RUNNING)
-_COMPLETE = (
+_RUNNING = Statement(
+    update(table).where(table.c.id == bindparam("key"), table.c.status == QUEUED).values(status=RUNNING)
+)
+_COMPLETE = Statement(
     update(table)
     .where(table.c.id == bindparam("key"), table.c.status != COMPLETED)
     .values(
@@ -64,60 +73,65 @@ _COMPLETE = (
         end_time_ms=bindparam("end"),
     )
 )
+_BOOLEANS = [number for number, column in enumerate(table.c) if column.type.python_type is bool]
 
 
-def _record(row: Any) -> Execution | None:
-    return None if row is None else Execution(**row._mapping)
+def _record(row: Any) -> Execution:
+    values = list(row)
+    for number in _BOOLEANS:
+        values[number] = bool(values[number])
+    return Execution(*values)
 
 
 def by_handle(connection: Connection, devbox_id: str, handle: str) -> Execution | None:
     """The execution of a devbox that has this id on the wire, or None."""
-    return _record(connection.execute(_BY_HANDLE, {"box": devbox_id, "handle": handle}).first())
+    row = _BY_HANDLE.one(connection, {"box": devbox_id, "handle": handle})
+    return None if row is None else _record(row)
 
 
 def by_id(connection: Connection, execution_id: str) -> Execution | None:
     """The execution of this internal id, or None."""
-    return _record(connection.execute(_BY_ID, {"id": execution_id}).first())
+    row = _BY_ID.one(connection, {"id": execution_id})
+    return None if row is None else _record(row)
 
 
 def unfinished(connection: Connection, devbox_id: str) -> list[Execution]:
     """All executions of a devbox that have not completed, in the order of their making."""
-    return [Execution(**row._mapping) for row in connection.execute(_OPEN, {"box": devbox_id})]
+    return [_record(row) for row in _OPEN.run(connection, {"box": devbox_id})]
 
 
 def newest(
     connection: Connection, devbox_id: str, handle: str | None, shell_name: str | None, limit: int
 ) -> list[Execution]:
     """The newest executions of a devbox, of this handle or shell if given; long commands are cut."""
-    query = select(*_SHORT, func.substr(table.c.command, 1, COMMAND_SHOWN).label("command"))
-    query = query.where(table.c.devbox_id == devbox_id)
+    query = select(*_SHORT).where(table.c.devbox_id == devbox_id)
     if handle is not None:
         query = query.where(table.c.handle == handle)
     if shell_name is not None:
         query = query.where(table.c.shell_name == shell_name)
     found = connection.execute(query.order_by(table.c.id.desc()).limit(limit))
-    return [Execution(**row._mapping) for row in found]
+    return [_record(row) for row in found]
 
 
 def add(connection: Connection, execution: Execution) -> None:
-    """Insert a new execution; IntegrityError when the devbox knows its handle."""
-    connection.execute(_INSERT, msgspec.structs.asdict(execution))
+    """Insert a new execution; TakenError when the devbox knows its handle."""
+    _INSERT.run(connection, msgspec.structs.asdict(execution))
 
 
 def set_running(connection: Connection, execution_id: str) -> None:
     """Write that an execution waits no more; one that has completed stays as it is."""
-    connection.execute(_RUNNING, {"key": execution_id})
+    _RUNNING.run(connection, {"key": execution_id})
 
 
 def set_stdin(connection: Connection, execution_id: str, length: int, eof: bool) -> None:
     """Write how much stdin was accepted, and whether its end was."""
-    connection.execute(_STDIN, {"key": execution_id, "length": length, "eof": eof})
+    _STDIN.run(connection, {"key": execution_id, "length": length, "eof": eof})
 
 
 def complete(connection: Connection, done: Execution) -> None:
     """Write the outcome of an execution that has not completed yet."""
-    connection.execute(
-        _COMPLETE,
+    _COMPLETE.run(
+        connection,
         {
             "key": done.id,
             "exit": done.exit_status,

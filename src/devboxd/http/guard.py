@@ -15,12 +15,15 @@ from devboxd.errors import ApiError, bad_request
 from devboxd.http.answer import Answer, of_error
 from devboxd.store.db import Store
 from devboxd.store.schema import keys
+from devboxd.store.statement import Statement
 
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _METHODS = b"GET, POST, PUT, PATCH, DELETE"
 _log = structlog.get_logger()
-_find_key = select(keys.c.account_id, keys.c.expires_at_ms).where(
-    keys.c.hash == bindparam("hash"), keys.c.revoke_time_ms.is_(None)
+_find_key = Statement(
+    select(keys.c.account_id, keys.c.expires_at_ms).where(
+        keys.c.hash == bindparam("hash"), keys.c.revoke_time_ms.is_(None)
+    )
 )
 
 
@@ -38,13 +41,12 @@ async def authenticate(store: Store, authorization: bytes) -> str:
     if scheme.lower() != "bearer" or not secret.strip():
         raise ApiError(401, "cannot let you in: authentication needs a key; send `Authorization: Bearer ak_...`")
     digest = hash_key(secret.strip())
-    row = await store.read(lambda connection: connection.execute(_find_key, {"hash": digest}).first())
-    if row is None or (row.expires_at_ms is not None and row.expires_at_ms <= time.time_ns() // 1_000_000):
+    account, expires = await store.read(lambda c: _find_key.one(c, {"hash": digest})) or ("", None)
+    if not account or (expires is not None and expires <= time.time_ns() // 1_000_000):
         raise ApiError(
             401, "cannot let you in: this key is invalid, revoked or expired; `devboxd keys create` makes one"
         )
-    account: str = row.account_id
-    return account
+    return str(account)
 
 
 class Guard:

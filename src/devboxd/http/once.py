@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import structlog
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, select
+from sqlalchemy.dialects.sqlite import insert
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
@@ -19,6 +20,7 @@ from devboxd.errors import ApiError, conflict, timed_out
 from devboxd.http.answer import JSON, Answer, of_error
 from devboxd.store.db import Store
 from devboxd.store.schema import requests
+from devboxd.store.statement import Statement
 
 KEPT_SECONDS = 24 * 3600
 """How long an answer can be had again."""
@@ -30,14 +32,22 @@ STOPPING_S = 5
 """When clients of a stopping server shall come again: a connection that is refused makes some of them hang."""
 _SWEEP_SECONDS = 60.0
 _SWEEP_ROWS = 500
+_LATE_S = 0.05
+"""For how long answers are collected that can be rendered again, before they are stored together."""
+_LATE_MAX = 256
 
 _log = structlog.get_logger()
-_find = select(requests.c.body_hash, requests.c.ref, requests.c.status, requests.c.headers, requests.c.answer).where(
-    requests.c.key == bindparam("key")
+_find = Statement(
+    select(requests.c.body_hash, requests.c.ref, requests.c.status, requests.c.headers, requests.c.answer).where(
+        requests.c.key == bindparam("key")
+    )
 )
-_remove = delete(requests).where(requests.c.key == bindparam("key_"))
-_insert = insert(requests)
-_complete = update(requests).where(requests.c.key == bindparam("key_"))
+_new = insert(requests)
+_put = Statement(
+    _new.on_conflict_do_update(
+        index_elements=[requests.c.key], set_={column.name: _new.excluded[column.name] for column in requests.c}
+    )
+)
 _old = select(requests.c.key).where(requests.c.create_time_ms < bindparam("before")).limit(_SWEEP_ROWS)
 _sweep = delete(requests).where(requests.c.key.in_(_old))
 
@@ -98,6 +108,20 @@ class StreamFingerprint:
         self._tail = data[keep:]
 
 
+class Row(NamedTuple):
+    """What the store has of a request: its body's hash, what it made, and its answer once that is known."""
+
+    body_hash: str
+    ref: str | None
+    status: int | None
+    headers: str | None
+    answer: bytes | None
+
+    def put(self, connection: Connection, key: str) -> None:
+        """Write it."""
+        _put.run(connection, {"key": key, "create_time_ms": _now_ms(), **self._asdict()})
+
+
 class Once:
     """The handler's side: what this request has already begun, and the place to note what it begins now."""
 
@@ -110,7 +134,8 @@ class Once:
         """Set when this same request was bound before and has no stored answer: resume or render that thing."""
         self.answer: bytes | None = None
         """The answer that was bound, if any; it is what goes out."""
-        self.bound = False
+        self.bound: str | None = None
+        """What this request made, now or before."""
 
     def bind(self, connection: Connection, ref: str, answer: bytes | None = None) -> None:
         """Note in the effect's own transaction that this request made `ref`, with its answer when that is known.
@@ -123,19 +148,9 @@ class Once:
         if answer is not None and len(answer) > BOUND_LIMIT:
             answer = None
         self.answer = answer
-        self.bound = True
-        connection.execute(_remove, {"key_": self._key})
-        connection.execute(
-            _insert,
-            {
-                "key": self._key,
-                "body_hash": self._fingerprint.hexdigest(),
-                "ref": ref,
-                "status": None if answer is None else 200,
-                "answer": answer,
-                "create_time_ms": _now_ms(),
-            },
-        )
+        self.bound = ref
+        status = None if answer is None else 200
+        Row(self._fingerprint.hexdigest(), ref, status, None, answer).put(connection, self._key)
 
 
 Work = Callable[[Once], Awaitable[Answer]]
@@ -154,6 +169,8 @@ class Desk:
         self._store = store
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._late: dict[str, Row] = {}
+        self._flushing = asyncio.Lock()
         self._next_sweep = 0.0
         self._stopping = False
 
@@ -195,6 +212,7 @@ class Desk:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self._flush()
 
     def _own(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(work)
@@ -218,15 +236,15 @@ class Desk:
         once = Once(key, body)
         if key is None:
             return await work(once)
-        row = await self._store.read(lambda connection: connection.execute(_find, {"key": key}).first())
+        row = self._late.get(key) or await self._store.read(lambda c: _find.one(c, {"key": key}))
         if row is not None:
+            row = Row(*row)
             await _finish(body)
             if row.body_hash != body.hexdigest():
                 raise _other_body()
             if row.answer is not None:
                 return _stored(row)
-            once.ref = row.ref
-            once.bound = True
+            once.ref = once.bound = row.ref
         answer = await work(once)
         if answer.status < 400:
             await _finish(body)
@@ -237,23 +255,43 @@ class Desk:
         return answer
 
     async def _keep(self, key: str, body: Fingerprint, once: Once, answer: Answer) -> None:
-        """Store the answer. When that fails the client gets it all the same: the effect has happened."""
+        """Store the answer, soon where it could be rendered again: then nothing is lost when the server dies before.
+
+        When storing fails the client gets the answer all the same: the effect has happened.
+        """
         limit = BOUND_LIMIT if once.bound else ANSWER_LIMIT
         if len(answer.body) > limit or (once.answer is not None and not isinstance(body, StreamFingerprint)):
             return
-        values = {
-            "body_hash": body.hexdigest(),
-            "status": answer.status,
-            "headers": _headers_text(answer),
-            "answer": answer.body,
-        }
+        row = Row(body.hexdigest(), once.bound, answer.status, _headers_text(answer), answer.body)
+        if once.bound is None or len(self._late) >= _LATE_MAX:
+            await self._put({key: row})
+            return
+        if not self._late:
+            self._own(self._flush_soon())
+        self._late[key] = row
 
-        def complete(connection: Connection) -> None:
-            if connection.execute(_complete, {"key_": key, **values}).rowcount == 0:
-                connection.execute(_insert, {"key": key, "create_time_ms": _now_ms(), **values})
+    async def _flush_soon(self) -> None:
+        # Not a wait for something: the time in which answers are collected, which drain cuts short.
+        await asyncio.sleep(_LATE_S)
+        await self._flush()
+
+    async def _flush(self) -> None:
+        async with self._flushing:
+            late = dict(self._late)
+            if late:
+                await self._put(late, synced=False)
+            for key in late:
+                del self._late[key]
+        if self._late:
+            self._own(self._flush_soon())
+
+    async def _put(self, rows: Mapping[str, Row], *, synced: bool = True) -> None:
+        def put(connection: Connection) -> None:
+            for key, row in rows.items():
+                row.put(connection, key)
 
         try:
-            await self._store.write(complete)
+            await self._store.write(put, synced=synced)
         except ApiError as error:
             _log.error("once.answer_not_stored", reason=error.message)
 
@@ -284,11 +322,12 @@ async def _finish(body: Fingerprint) -> None:
         await body.rest()
 
 
-def _stored(row: Any) -> Answer:
+def _stored(row: Row) -> Answer:
+    body, status = row.answer or b"", row.status or 200
     if row.headers is None:
-        return Answer(row.status, row.answer)
+        return Answer(status, body)
     pairs = msgspec.json.decode(row.headers, type=list[tuple[str, str]])
-    return Answer(row.status, row.answer, tuple((k.encode("latin-1"), v.encode("latin-1")) for k, v in pairs))
+    return Answer(status, body, tuple((k.encode("latin-1"), v.encode("latin-1")) for k, v in pairs))
 
 
 def _headers_text(answer: Answer) -> str | None:

@@ -61,11 +61,16 @@ class StoreError(ApiError):
         super().__init__(503, message, retry=True)
 
 
-class _Job(Generic[T]):
-    __slots__ = ("error", "fn", "future", "loop", "result")
+class TakenError(Exception):
+    """A value that must be unique is in the store already; nothing of the call was kept."""
 
-    def __init__(self, fn: Callable[[Connection], T], loop: asyncio.AbstractEventLoop) -> None:
+
+class _Job(Generic[T]):
+    __slots__ = ("error", "fn", "future", "loop", "result", "synced")
+
+    def __init__(self, fn: Callable[[Connection], T], loop: asyncio.AbstractEventLoop, synced: bool) -> None:
         self.fn = fn
+        self.synced = synced
         self.loop = loop
         self.future: asyncio.Future[T] = loop.create_future()
         self.result: T | None = None
@@ -83,6 +88,7 @@ class Store:
         self._writer = engine.connect()
         self._raw = cast(sqlite3.Connection, self._writer.connection.driver_connection)
         self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._synced = True
         self._room = asyncio.Semaphore(_QUEUE)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
@@ -114,23 +120,25 @@ class Store:
         cursor = self._snapshot()
         try:
             return fn(self._reader)
-        except DBAPIError as error:
+        except (DBAPIError, sqlite3.Error) as error:
             raise _translate(error, "read", self.path) from error
         finally:
             cursor.execute("COMMIT")
 
-    async def write(self, fn: Callable[[Connection], T]) -> T:
-        """Call `fn` in the writer thread and return its result after the commit that holds it is on the disk.
+    async def write(self, fn: Callable[[Connection], T], *, synced: bool = True) -> T:
+        """Call `fn` in the writer thread and return its result after the commit that holds it.
 
+        A commit outlives the death of every process at once. It outlives a power failure when it is `synced`, and
+        else from the next synced one or the next checkpoint on; the order of commits is kept in either case.
         An exception of `fn` undoes only what `fn` did and is raised here. Cancelling the caller does not cancel the
         write. `fn` may share its transaction with others, so it must not begin, commit or roll back by itself.
-        Raises StoreError when the disk refuses; the next write may succeed again.
+        Raises StoreError when the disk refuses; the next write may succeed again. Raises TakenError.
         """
         await self._room.acquire()
         if self._closed:
             self._room.release()
             raise StoreError("cannot write to the store: it is closed")
-        job = _Job(fn, asyncio.get_running_loop())
+        job = _Job(fn, asyncio.get_running_loop(), synced)
         self._queue.put(job)
         return await job.future
 
@@ -173,6 +181,7 @@ class Store:
 
     def _commit(self, batch: list[_Job[Any]]) -> None:
         try:
+            self._sync(any(job.synced for job in batch))
             self._raw.execute("BEGIN IMMEDIATE")
             for job in batch:
                 self._perform(job)
@@ -185,6 +194,12 @@ class Store:
             _log.error("store.write_failed", reason=str(refusal), jobs=len(batch))
             for job in batch:
                 job.error = job.error or refusal
+
+    def _sync(self, synced: bool) -> None:
+        """Whether the next commits wait for the disk."""
+        if synced is not self._synced:
+            self._raw.execute(f"PRAGMA synchronous={'FULL' if synced else 'NORMAL'}").close()
+            self._synced = synced
 
     def _perform(self, job: _Job[Any]) -> None:
         """Run one job in a savepoint. Raises only when SQLite has given up the whole transaction."""
@@ -221,6 +236,8 @@ def _translate(error: Exception, verb: str, path: Path) -> Exception:
         return StoreError(
             f"cannot {verb} the store {path.name}: {cause}; free space on its disk or check it, then retry"
         )
+    if isinstance(cause, sqlite3.IntegrityError):
+        return TakenError(str(cause))
     return error
 
 
