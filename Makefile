@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check conformance
+.PHONY: help setup demo test check conformance bench
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
@@ -18,3 +18,6 @@ check: ## lint, types, import rule and fast tests
 
 conformance: ## run the live tests of the official client 3.0.0 against a fresh server
 	@scripts/setup && .venv/bin/python scripts/conformance.py
+
+bench: ## measure the figures of SPECIFICATION.md and write them into it
+	@scripts/setup && .venv/bin/python scripts/bench.py
