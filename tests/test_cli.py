@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -160,14 +161,15 @@ def test_revoking_an_unknown_key_is_refused(state: Path) -> None:
 
 
 def test_the_unit_runs_this_installation() -> None:
-    unit = devboxd("systemd-unit", "--state", "/srv/my boxes%", "--port", "9").stdout
+    names = ("--domain", "a.example", "--domain", "b.example")
+    unit = devboxd("systemd-unit", "--state", "/srv/my boxes%", "--port", "9", *names).stdout
     for line in (
         "KillMode=process", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity", "Type=notify",
         "LimitNOFILE=1048576",
     ):  # fmt: skip
         assert line in unit.splitlines()
     command = next(line for line in unit.splitlines() if line.startswith("ExecStart=/"))
-    assert command.endswith(' serve --state "/srv/my boxes%%" --port 9')
+    assert command.endswith(' serve --state "/srv/my boxes%%" --port 9 --domain a.example --domain b.example')
     assert Path(command.removeprefix("ExecStart=").split()[0]).exists()
 
 
@@ -268,6 +270,25 @@ def test_an_interrupt_kills_the_command_in_the_box(env: dict[str, str], box: str
 def test_logs_of_a_box(env: dict[str, str], box: str) -> None:
     devboxd("boxes", "exec", box, "--", "echo a word for the log", env=env)
     assert "a word for the log" in devboxd("boxes", "logs", box, env=env).stdout
+
+
+def test_logs_do_not_steer_the_terminal(env: dict[str, str], box: str) -> None:
+    devboxd("boxes", "exec", box, "--", r"printf 'title: \033]0;taken\007 \tafter a tab\n'", env=env)
+    assert "\x1b]0;taken\x07" in devboxd("boxes", "logs", box, env=env).stdout
+    ours, terminal = os.openpty()
+    try:
+        command = [sys.executable, "-m", "devboxd.cli", "boxes", "logs", box]
+        with subprocess.Popen(command, env={**os.environ, **env}, stdout=terminal, stdin=subprocess.DEVNULL) as child:
+            os.close(terminal)
+            shown = b""
+            with contextlib.suppress(OSError):  # EIO: the terminal has no other side any more
+                while piece := os.read(ours, 65536):
+                    shown += piece
+            assert child.wait(60) == 0
+    finally:
+        os.close(ours)
+    assert "title: \N{REPLACEMENT CHARACTER}]0;taken\N{REPLACEMENT CHARACTER} \tafter a tab\r\n" in shown.decode()
+    assert b"\x1b" not in shown
 
 
 def test_errors_of_the_server_are_one_line(env: dict[str, str]) -> None:

@@ -148,3 +148,45 @@ def as_nobody(settings: Settings) -> dict[str, Any]:
         rows = json.loads(answer.read() or "{}")
     assert os.waitpid(child, 0)[1] == 0
     return dict(rows)
+
+
+@needs_root
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_a_stranger_is_told_what_can_be_seen(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Not root, in a window of 40 columns, and neither state nor cache may be looked into."""
+    closed = tmp_path / "closed"
+    (closed / "state").mkdir(parents=True)
+    closed.chmod(0o700)
+    done = _as_stranger(closed, "--state", str(closed / "state"), *arguments)
+    assert done.stderr == ""
+    assert done.returncode in (0, 2)
+    if arguments:
+        assert {"Root", "State folder", "Network"} <= {check["name"] for check in json.loads(done.stdout)}
+    else:
+        assert "run it again with sudo" in " ".join(done.stdout.split())
+        assert max(map(len, done.stdout.splitlines())) <= 40
+
+
+@needs_root
+def test_settings_that_a_stranger_may_not_read_are_told_in_one_line(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "devboxd.toml").touch()
+    for file in (closed / "devboxd.toml", tmp_path / "own.toml"):
+        file.touch(mode=0o600)
+        done = _as_stranger(closed, "--config", str(file))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"cannot read the settings in {file}: permission denied")
+        assert done.stderr.count("\n") == 1
+
+
+def _as_stranger(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`devboxd doctor` as nobody, who may not be able to read this checkout: everything is imported before."""
+    code = (
+        "import os, sys, encodings.unicode_escape, rich.console, rich.padding, rich.text, devboxd.doctor;"
+        "from devboxd.cli import main; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+        "sys.argv = ['devboxd', 'doctor', *sys.argv[1:]]; main()"
+    )
+    environment = {**os.environ, "COLUMNS": "40", "DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_CACHE": str(cache)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)

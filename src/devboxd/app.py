@@ -9,30 +9,32 @@ import asyncio
 import contextlib
 import ctypes
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.server.embed import Server
 
 from devboxd import logs, systemd
 from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.config import Settings
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.engine.base import EngineError
 from devboxd.engine.images import Images
 from devboxd.engine.instance import Instance, claim
 from devboxd.engine.network import Network
 from devboxd.engine.oci import OciEngine
 from devboxd.engine.recipe import base_environment
+from devboxd.errors import SetupError
 from devboxd.executions.box import Boxes
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
 from devboxd.executions.watch import Watcher
+from devboxd.http.listening import HttpServer, listen
 from devboxd.http.once import STOPPING_S
 from devboxd.http.operation import Application, Unready, build
 from devboxd.http.streams import Closing, Places
@@ -77,19 +79,27 @@ def _give_memory_back() -> None:
 
 
 def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; the boxes go on. Returns the exit code. Raises SetupError before anything."""
+    """Serve until SIGTERM or SIGINT; the boxes go on. Returns the exit code.
+
+    Raises SetupError when the folder or the port is not to be had, or the machine refuses what boxes need.
+    """
     _give_memory_back()
     logs.configure(settings.log_format)
     instance = claim(settings.state)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, instance))
+        with (
+            listen(settings.host, settings.port) as listener,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            runner.run(_serve(settings, instance, listener))
+    except EngineError as error:
+        raise SetupError(str(error)) from error
     finally:
         instance.close()
     return 0
 
 
-async def _serve(settings: Settings, instance: Instance) -> None:
+async def _serve(settings: Settings, instance: Instance, listener: socket.socket) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,7 +139,7 @@ async def _serve(settings: Settings, instance: Instance) -> None:
         services = (store, devboxes, executions, looking, boxes, files, Places(streams_within(available)))
         application = build(ROUTES, services, store=store, settings=settings, ready=lambda: ready.state)
         await first_start(store, settings.state)
-        async with _listening(settings, application, closing, ready) as serving:
+        async with _listening(listener, application, closing, ready) as serving:
             starting: asyncio.Future[object] = asyncio.ensure_future(_start(settings, engine, devboxes, ready, stack))
             stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
             try:
@@ -164,20 +174,10 @@ async def _start(
 
 @contextlib.asynccontextmanager
 async def _listening(
-    settings: Settings, application: Application, closing: Closing, ready: Readiness
+    listener: socket.socket, application: Application, closing: Closing, ready: Readiness
 ) -> AsyncIterator[asyncio.Future[object]]:
     """Serve HTTP during the block; afterwards end streams and held answers in order, then close the port."""
-    server = Server(
-        application,
-        address=settings.host,
-        port=settings.port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.auto,
-        websockets=False,
-        backlog=2048,
-        backpressure=4096,
-        log_enabled=False,
-    )
+    server = HttpServer(application, listener)
     serving: asyncio.Future[object] = asyncio.ensure_future(server.serve())
     try:
         yield serving
@@ -186,6 +186,7 @@ async def _listening(
         closing.begin()
         # The linger is not a wait for something: it is the time in which clients come back.
         await asyncio.gather(application.drain(_DRAIN_S), asyncio.sleep(_LINGER_S))
+        listener.close()
         server.stop()  # type: ignore[no-untyped-call]
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):

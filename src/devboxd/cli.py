@@ -77,6 +77,13 @@ _config = click.option(
     metavar="FILE",
     help="Settings as TOML; /etc/devboxd/devboxd.toml if not given.",
 )
+_domains = click.option(
+    "--domain",
+    "domains",
+    multiple=True,
+    metavar="NAME",
+    help="Further host name under which clients reach the server; may be given again.",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -93,16 +100,19 @@ def cli() -> None:
 @cli.command()
 @click.option("--host", metavar="ADDR", help="Address to listen on; 127.0.0.1 if not given.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port to listen on; 8080 if not given.")
+@_domains
 @_state
 @_config
-def serve(host: str | None, port: int | None, state: Path | None, config: Path | None) -> None:
+def serve(
+    host: str | None, port: int | None, domains: tuple[str, ...], state: Path | None, config: Path | None
+) -> None:
     """Run the server until SIGTERM.
 
     Boxes live on when it ends, and are attached again when it starts.
 
     Every setting may also stand in the file of settings, or in the environment as DEVBOXD_NAME.
     """
-    settings = _settings(config, host=host, port=port, state=state)
+    settings = _settings(config, host=host, port=port, domains=domains or None, state=state)
     if os.geteuid() != 0:
         raise SetupError(
             "cannot serve: boxes are made of namespaces and mounts, which only root may make; run it as root"
@@ -255,9 +265,10 @@ def image_build(config: Path | None) -> None:
 @cli.command("systemd-unit")
 @click.option("--host", metavar="ADDR", help="As of `serve`.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="As of `serve`.")
+@_domains
 @_state
 @_config
-def systemd_unit(**options: Any) -> None:
+def systemd_unit(domains: tuple[str, ...], **options: Any) -> None:
     """Print a systemd unit.
 
     It runs this installation; for example:
@@ -268,6 +279,7 @@ def systemd_unit(**options: Any) -> None:
     from devboxd import systemd
 
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    words += [word for name in domains for word in ("--domain", name)]
     click.echo(systemd.unit(words), nl=False)
 
 
@@ -356,7 +368,10 @@ def boxes_logs(box_id: str, url: str | None, key_file: Path | None, as_json: boo
         click.echo(json.dumps(logs))
         return
     for line in logs:
-        click.echo(f"{_date(line['timestamp_ms'])} {line.get('source') or '-'} {(line.get('message') or '').rstrip()}")
+        text = (line.get("message") or "").rstrip()
+        if sys.stdout.isatty():
+            text = _printable(text.replace("\r\n", "\n"), keep="\n\t")
+        click.echo(f"{_date(line['timestamp_ms'])} {line.get('source') or '-'} {text}")
 
 
 @boxes.command("shutdown")
@@ -402,9 +417,9 @@ def _table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     Console().print(table)
 
 
-def _printable(text: str) -> str:
-    """Names come from users and boxes: no escape sequence of theirs may reach the terminal."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+def _printable(text: str, keep: str = "") -> str:
+    """Names and output come from users and boxes: no escape sequence of theirs may reach the terminal."""
+    return "".join(sign if sign.isprintable() or sign in keep else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,19 @@ def load(
     """
     merged: dict[str, Any] = {}
     path = file or Path(environ.get(PREFIX + "CONFIG", DEFAULT_FILE))
-    if path.exists():
-        try:
-            merged.update(tomllib.loads(path.read_text()))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SetupError(f"cannot read the settings in {path}: {error}; correct the file") from error
-    elif file is not None or PREFIX + "CONFIG" in environ:
-        raise SetupError(f"cannot read the settings in {path}: there is no such file; name another or leave it out")
+    try:
+        merged.update(tomllib.loads(path.read_text()))
+    except FileNotFoundError as error:
+        if file is not None or PREFIX + "CONFIG" in environ:
+            raise SetupError(
+                f"cannot read the settings in {path}: there is no such file; name another or leave it out"
+            ) from error
+    except PermissionError as error:
+        raise SetupError(
+            f"cannot read the settings in {path}: permission denied; use sudo, or name another file with --config"
+        ) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SetupError(f"cannot read the settings in {path}: {error}; correct the file") from error
     for field in msgspec.structs.fields(Settings):
         if (text := environ.get(PREFIX + field.name.upper())) is not None:
             merged[field.name] = _from_text(field.type, text)

@@ -43,9 +43,9 @@ def version_of(tool: str) -> str | None:
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """The folder itself, or the nearest one above it that exists, as far as this user may look."""
     path = path.absolute()
-    while not path.is_dir():
+    while not os.path.isdir(path):  # Path.is_dir raises where the user may not search
         path = path.parent
     return path.resolve()
 

@@ -1,4 +1,8 @@
-"""The tables. Times are integer Unix milliseconds, maps and lists are JSON text, ids sort by time."""
+"""The tables. Times are integer Unix milliseconds, maps and lists are JSON text, ids sort by time.
+
+They do so byte by byte, as SQLite compares text, and pages rely on it. A PostgreSQL store must give the columns of ids
+the collation "C": others sort capitals among the small letters.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,94 @@
+"""The port is this server's alone, or the server refuses in one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devboxd.errors import SetupError
+from devboxd.http.listening import listen
+from support.server import PROGRAM, Server, free_port
+
+needs_root = pytest.mark.box
+
+
+def serve(folder: Path, *arguments: str, **environment: str) -> str:
+    """Run `devboxd serve`, which must refuse in one line; the line."""
+    done = subprocess.run(
+        [PROGRAM, "serve", "--state", folder / "state", *arguments],
+        env={**os.environ, "DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_LOG_FORMAT": "text", **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("cannot ")]
+    assert len(refusals) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return refusals[0]
+
+
+@pytest.fixture
+def taken() -> Iterator[socket.socket]:
+    """A port of another program that would share it, as servers behind SO_REUSEPORT do."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other
+
+
+def test_a_port_that_others_would_share_is_not_shared(taken: socket.socket) -> None:
+    with pytest.raises(SetupError, match=rf"^cannot listen on .*in use by .*\(pid {os.getpid()}\); stop it"):
+        listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_port_with_old_connections_is_taken_at_once() -> None:
+    port = free_port()
+    with listen("127.0.0.1", port) as listener, socket.create_connection(("127.0.0.1", port)) as client:
+        listener.setblocking(True)
+        listener.accept()[0].close()  # the side that closes first is the one that lingers
+        assert client.recv(1) == b""
+    listen("127.0.0.1", port).close()
+
+
+@needs_root
+def test_a_port_in_use_is_refused_and_its_owner_named(server: Server, tmp_path: Path) -> None:
+    refusal = serve(tmp_path, "--port", str(server.port))
+    assert refusal.startswith(f"cannot listen on 127.0.0.1:{server.port}: ")
+    assert f"(pid {server.pid})" in refusal
+    with server.api() as api:
+        assert api.http.get("/healthz").status_code == 200
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"DEVBOXD_HOST": "256.1.1.1"}, "256.1.1.1"),
+        ({"DEVBOXD_HOST": "203.0.113.9"}, "does not have that address"),
+        ({"DEVBOXD_HOST": "::z"}, "::z"),
+        ({"DEVBOXD_PORT": "70000"}, "65535"),
+        ({"DEVBOXD_PORT": "0"}, "port"),
+    ],
+)
+def test_what_is_no_address_or_port_is_refused(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+    port = {} if "DEVBOXD_PORT" in environment else {"DEVBOXD_PORT": str(free_port())}
+    assert words in serve(tmp_path, **environment, **port)
+
+
+@needs_root
+def test_an_image_that_cannot_be_built_is_told_in_one_line(tmp_path: Path) -> None:
+    words = serve(
+        tmp_path,
+        DEVBOXD_PORT=str(free_port()),
+        DEVBOXD_CACHE=str(tmp_path / "cache"),
+        DEVBOXD_APT_MIRROR="http://127.0.0.1:9/debian",
+        DEVBOXD_CA_CERTIFICATES="",
+    )
+    assert words.startswith("cannot build the image")
+    assert "apt_mirror" in words
