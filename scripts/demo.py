@@ -17,11 +17,12 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
-from runloop_api_client import Runloop
+from runloop_api_client import APIError, Runloop
 
 PROGRAM = Path(sys.executable).with_name("devboxd")
 TICKS = 40
 READY_S = 60.0
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -33,7 +34,10 @@ class Demo:
         self.folder = folder
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.server: subprocess.Popen[bytes] | None = None
+        self.key = ""
+        self.dead: int | None = None
 
     def run(self) -> None:
         """The whole story."""
@@ -42,8 +46,8 @@ class Demo:
             self.start()
         with step("make a key"):
             command = [PROGRAM, "keys", "create", "--name", "demo", "--state", self.folder]
-            key = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        client = Runloop(base_url=f"http://127.0.0.1:{self.port}", bearer_token=key, max_retries=5)
+            self.key = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        client = Runloop(base_url=self.url, bearer_token=self.key, max_retries=5)
         with step("create a devbox [dim]client.devboxes.create_and_await_running()[/]"):
             box = client.devboxes.create_and_await_running(name="demo").id
         with step("run a first command [dim]execute_and_await_completion()[/]"):
@@ -66,11 +70,15 @@ class Demo:
         ticking = f"for i in $(seq {TICKS}); do echo tick $i; sleep 0.05; done"
         ticker = client.devboxes.execute_async(box, command=ticking).execution_id
         seen, offset = "", 0
-        with step("stream another command's output, and in the middle of it:"), contextlib.suppress(httpx.HTTPError):
+        lost = contextlib.suppress(httpx.HTTPError, APIError)
+        with step("stream another command's output, and in the middle of it:"), lost:
             for chunk in runs.stream_stdout_updates(ticker, devbox_id=box):
-                seen, offset = seen + chunk.output, chunk.offset or 0
-                if seen.count("\n") == TICKS // 3:
+                seen += chunk.output
+                offset = (chunk.offset or 0) + len(chunk.output.encode())
+                if self.dead is None and seen.count("\n") >= TICKS // 3:
                     self.kill()
+        if self.dead is None:
+            self.kill()
         said(f"tick 1 ... tick {seen.count(chr(10))}")
         out.print(f"           [bold red]SIGKILL[/] to the server, pid {self.dead}")
         time.sleep(0.5)  # what the story tells: for half a second there is no server, and the commands go on
@@ -95,7 +103,10 @@ class Demo:
         """Start the server and wait until it can run commands."""
         with (self.folder / "log").open("ab") as log:
             command = [PROGRAM, "serve", "--port", str(self.port), "--state", str(self.folder)]
-            self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            # In a session of its own: a Ctrl-C is for the demo, which still needs the server to end the box.
+            self.server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and self.server.poll() is None:
             with contextlib.suppress(OSError):
@@ -113,11 +124,19 @@ class Demo:
         self.server.wait()
 
     def stop(self) -> None:
-        """End boxes and server."""
-        if self.server is None or self.server.poll() is not None:
+        """End boxes and server, wherever the story was left; the server is started again when it is dead."""
+        if self.server is None:
             return
-        self.server.terminate()
-        self.server.wait(30)
+        try:
+            if self.key:  # without one there is no box
+                if self.server.poll() is not None:
+                    self.start()
+                environment = {**os.environ, "DEVBOXD_KEY": self.key, "DEVBOXD_URL": self.url}
+                command = [PROGRAM, "boxes", "shutdown", "--all", "--json"]
+                subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=READY_S)
+        finally:
+            self.server.terminate()
+            self.server.wait(30)
 
 
 @contextlib.contextmanager
@@ -134,6 +153,10 @@ def said(text: str) -> None:
         out.print(f"           [green]{line}[/]")
 
 
+def _interrupted(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     """Run the demo; leaves nothing behind."""
     if os.geteuid() != 0:
@@ -141,9 +164,13 @@ def main() -> int:
         return 2
     folder = Path(tempfile.mkdtemp(prefix="devboxd-demo-", dir="/var/tmp"))
     demo = Demo(folder)
+    for number in ENDS:
+        signal.signal(number, _interrupted)
     try:
         demo.run()
     finally:
+        for number in ENDS:  # once is enough: what follows ends by itself
+            signal.signal(number, signal.SIG_IGN)
         demo.stop()
         subprocess.run(["chattr", "-R", "-f", "-a", folder], check=False)
         shutil.rmtree(folder)

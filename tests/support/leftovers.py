@@ -15,7 +15,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def leftovers(state: Path) -> list[str]:
     """Mounts, processes, namespaces, links and cgroups of the server with this state folder, in words."""
-    claim = _claim(state)
+    claim = claim_of(state)
     marks = [str(state)] + ([f"{claim}/"] if claim else [])
     found = [f"mount {point}" for point in _mounts() if any(mark in point for mark in marks)]
     found += [f"process {pid}: {text}" for pid, text in _processes() if any(mark in text for mark in marks)]
@@ -24,7 +24,7 @@ def leftovers(state: Path) -> list[str]:
     return found
 
 
-def _claim(state: Path) -> Path | None:
+def claim_of(state: Path) -> Path | None:
     """The folder with the server's share of the machine."""
     for path in RUN.glob("*/claim"):
         if json.loads(path.read_text()).get("state") == str(state.resolve()):
