@@ -163,20 +163,37 @@ static _Noreturn void write_served(int fd) {
     serve(fd, false);
 }
 
-/* Whether the target lies on a file system that the server must not touch; its descriptor when it does, else -1. */
-static int target_special(void) {
+/* Whether a new file can take the target's place: the folder must allow it, a sticky one only to owners. */
+static bool replaceable(const struct stat *target) {
+    char folder[PATH_LIMIT];
+    struct stat st;
+    strcpy(folder, report.u.paths.target);
+    strrchr(folder, '/')[1] = 0;
+    if (access(folder, W_OK | X_OK) < 0 || stat(folder, &st) < 0) return false;
+    return !(st.st_mode & S_ISVTX) || !geteuid() || target->st_uid == geteuid() || st.st_uid == geteuid();
+}
+
+/* Hands the target itself over, emptied: it may be written, but nothing may be put in its place. */
+static _Noreturn void write_in_place(int fd) {
+    memset(&report.u, 0, sizeof report.u);
+    if (ftruncate(fd, 0) < 0) finish(STAGE_OPEN, errno);
+    report_send(CHANNEL_FD, &report, &fd, 1);
+    _exit(0);
+}
+
+/* Writes an existing target itself where it must be; returns when a new file shall replace it. */
+static void write_existing(const struct stat *st) {
     int fd = open(report.u.paths.target, O_WRONLY | OPEN_FLAGS);
     if (fd < 0) finish(STAGE_OPEN, errno);
-    if (!plain_disk(fd)) return fd;
+    if (!plain_disk(fd)) write_served(fd); /* the server must not touch it */
+    if (!replaceable(st)) write_in_place(fd);
     close(fd);
-    return -1;
 }
 
 static void write_file(char *path, uint32_t mode) {
     struct stat st;
     bool exists = target_resolve(path, &st);
-    int special = exists ? target_special() : -1;
-    if (special >= 0) write_served(special);
+    if (exists) write_existing(&st);
     int fd = temporary_make();
     if (!exists && !plain_disk(fd)) {
         unlink(report.u.paths.temporary);

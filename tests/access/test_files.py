@@ -89,7 +89,8 @@ def test_files_of_proc_are_read_in_the_box(api: Api, box: str) -> None:
         ("true", "/dev/null", 400),
         ("true", "/etc/shadow", 403),
         ("true", "/root/x", 403),
-        ("touch flat", "flat/below", 400),
+        ("touch flat", "flat/below", 404),
+        ("touch flat", "flat/", 404),
         ("true", "a\0b", 400),
         ("true", "", 400),
         ("true", "x" * 5000, 400),
@@ -119,6 +120,29 @@ def test_what_cannot_be_written_says_why(api: Api, box: str, make: str, path: st
     body = {"file_path": path, "contents": "x"}
     api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", code, body)
     assert api.output(box, "ls -A | grep -c devboxd || true") == "0\n"
+
+
+@pytest.mark.parametrize("mode", ["755", "1777"])
+def test_a_file_in_a_folder_of_others_is_written_in_place(api: Api, box: str, mode: str) -> None:
+    folder = f"/opt/in-place-{mode}"
+    made = f"sudo install -d -m {mode} {folder}; echo long old | sudo tee {folder}/w"
+    api.output(box, f"{made}; sudo chmod 666 {folder}/w")
+    api.write(box, f"{folder}/w", "new")
+    assert api.output(box, f"stat -c '%U %a' {folder}/w; cat {folder}/w; ls -A {folder}") == "root 666\nneww\n"
+    api.upload(box, f"{folder}/w", b"uploaded")
+    assert api.read(box, f"{folder}/w") == "uploaded"
+    body = {"file_path": f"{folder}/other", "contents": "x"}
+    if mode == "755":
+        api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", 403, body)
+
+
+def test_a_deleted_user_is_told(api: Api) -> None:
+    box = api.create()
+    api.write(box, "f", "x")
+    api.output(box, "sudo sed -i /^user:/d /etc/passwd")
+    for path, body in (("read_file_contents", {"file_path": "f"}), ("write_file", {"file_path": "f", "contents": ""})):
+        assert "user of the devbox" in api.refused("POST", f"/v1/devboxes/{box}/{path}", 409, body)
+    api.shutdown(box)
 
 
 def test_text_over_100_mb_names_download_file(api: Api, box: str) -> None:

@@ -66,11 +66,26 @@ def test_unsupported_fields_are_named_and_empty_ones_are_absent(field: str, empt
     assert refusal.value.code == 400
 
 
+@pytest.mark.parametrize("empty", [{"after_idle": None}, {"after_idle": {"on_idle": None, "tags": []}}, {"a": {}}])
+def test_an_object_without_a_value_asks_for_nothing(empty: object) -> None:
+    check_create(CreateDevbox(launch_parameters=LaunchParameters(lifecycle=empty)))
+    with pytest.raises(ApiError, match="lifecycle"):
+        check_create(CreateDevbox(launch_parameters=LaunchParameters(lifecycle={"a": empty, "b": {"c": 1}})))
+
+
+def test_an_object_of_any_depth_is_looked_through() -> None:
+    deep: object = 1
+    for _ in range(100_000):
+        deep = {"x": deep}
+    with pytest.raises(ApiError, match="tunnel"):
+        check_create(CreateDevbox(tunnel=deep))
+
+
 @pytest.mark.parametrize(
     ("launch", "field"),
     [
         ({"after_idle": {"idle_time_seconds": 1}}, "after_idle"),
-        ({"lifecycle": {"after_idle": {}}}, "lifecycle"),
+        ({"lifecycle": {"after_idle": {"idle_time_seconds": 1}}}, "lifecycle"),
         ({"network_policy_id": "np_x"}, "network_policy_id"),
         ({"required_services": ["db"]}, "required_services"),
         ({"architecture": "arm64"}, "architecture arm64"),

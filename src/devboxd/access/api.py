@@ -43,25 +43,20 @@ class DownloadFile(msgspec.Struct, frozen=True):
 
 
 async def read_file_contents(
-    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: ReadFile
+    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: ReadFile
 ) -> Response:
     """The file as text/plain, byte for byte; up to 100 MB."""
+    places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.file_path)
-    try:
-        parts, size = [], 0
-        while data := await file.read():
-            size += len(data)
-            if size > TEXT_LIMIT or (file.size or 0) > TEXT_LIMIT:
-                raise ApiError(
-                    413,
-                    f"cannot read {body.file_path} as text: it is larger than 100 MB; use download_file",
-                    retry=False,
-                )
-            parts.append(data)
-    finally:
+    if (file.size or 0) > TEXT_LIMIT:
         await file.close()
-    headers = {**_INERT, "content-disposition": "attachment"}
-    return Response(b"".join(parts), media_type="text/plain; charset=utf-8", headers=headers)
+        raise ApiError(
+            413,
+            f"cannot read {body.file_path} as text: it is larger than 100 MB; use download_file",
+            retry=False,
+        )
+    headers = {"content-disposition": "attachment"}
+    return await _sent(file, places, "text/plain; charset=utf-8", headers, TEXT_LIMIT)
 
 
 async def write_file_contents(
@@ -95,17 +90,17 @@ async def download_file(
     places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.path)
     name = body.path.rsplit("/", 1)[-1]
-    headers = {**_INERT, "content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
-    if file.size is not None:
-        headers["content-length"] = str(file.size)
-    return Download(file, places, headers)
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+    return await _sent(file, places, "application/octet-stream", headers)
 
 
 class Download(Lasting):
     """A file as an answer; its descriptor is given back however the answer ends."""
 
-    def __init__(self, file: OpenFile, places: Places, headers: dict[str, str]) -> None:
-        super().__init__(file.chunks(), places, "application/octet-stream", headers)
+    def __init__(
+        self, file: OpenFile, places: Places, kind: str, headers: dict[str, str], limit: int | None = None
+    ) -> None:
+        super().__init__(file.chunks(limit), places, kind, headers)
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +109,18 @@ class Download(Lasting):
             await super().__call__(scope, receive, send)
         finally:
             await self._file.close()
+
+
+async def _sent(
+    file: OpenFile, places: Places, kind: str, headers: dict[str, str], limit: int | None = None
+) -> Response:
+    """The answer that sends the file, which it owns from now on, also when there is no place for it any more."""
+    length = {} if file.size is None else {"content-length": str(file.size)}
+    try:
+        return Download(file, places, kind, {**_INERT, **headers, **length}, limit)
+    except ApiError:
+        await file.close()
+        raise
 
 
 async def _box(devboxes: Devboxes, boxes: Boxes, call: Call, devbox_id: str) -> Box:

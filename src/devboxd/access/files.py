@@ -17,7 +17,7 @@ from functools import partial
 from devboxd.agent.client import AgentClosedError, AgentError
 from devboxd.agent.protocol import Stage
 from devboxd.engine.blocking import finished
-from devboxd.errors import ApiError, bad_request, not_found
+from devboxd.errors import ApiError, bad_request, conflict, not_found
 from devboxd.executions.box import Box
 
 BLOCK = 1 << 20
@@ -47,14 +47,20 @@ class OpenFile:
             return await _read_pipe(self._descriptor, size)
         return await finished(partial(os.read, self._descriptor, size))
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """All of a file; exactly `size` bytes when that is known. Raises EOFError when it has shrunk meanwhile."""
-        left = self.size
+    async def chunks(self, limit: int | None = None) -> AsyncGenerator[bytes, None]:
+        """All of a file; exactly `size` bytes when that is known, else at most `limit`.
+
+        Raises EOFError when it has shrunk meanwhile, or does not end at the limit.
+        """
+        left, sent = self.size, 0
         while left is None or left > 0:
             data = await self.read(BLOCK if left is None else min(BLOCK, left))
             if not data:
                 break
             left = None if left is None else left - len(data)
+            sent += len(data)
+            if limit is not None and sent > limit:
+                raise EOFError(f"cannot send more than {limit} bytes of the file")
             yield data
         if left:
             raise EOFError("cannot send the rest of the file: it has shrunk")
@@ -87,7 +93,8 @@ class Files:
     async def receive(self, box: Box, path: str, chunks: AsyncIterable[bytes], user: str | None = None) -> Written:
         """Write a file from chunks, as the box's user or the one named, beside its target; rename when all is there.
 
-        Whatever goes wrong before the rename, also an exception of `chunks`, leaves the old content. Raises ApiError.
+        Whatever goes wrong before the rename, also an exception of `chunks`, leaves the old content. A file that the
+        user may write, in a folder that it may not, is written itself: then what came so far stays. Raises ApiError.
         """
         _check(path)
         who = user or box.user
@@ -96,7 +103,7 @@ class Files:
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "write", path) from error
         digest, size = hashlib.sha256(), 0
-        renamed = target.pipe
+        done = not target.temporary  # the file itself is written: there is nothing to rename
         try:
             try:
                 async for chunk in chunks:
@@ -105,13 +112,13 @@ class Files:
                     await _write(target.fd, target.pipe, chunk)
             finally:
                 await finished(partial(os.close, target.fd))
-            if not target.pipe:
+            if not done:
                 await box.agent.rename(who, target.temporary, target.target)
-                renamed = True
+                done = True
         except (AgentError, OSError) as error:
             raise _explained(error, "write", path) from error
         finally:
-            if not renamed:
+            if not done:
                 await _unlink(box, who, target.temporary)
         return Written(size, digest.hexdigest())
 
@@ -173,8 +180,14 @@ def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
     stage = error.stage if isinstance(error, AgentError) else Stage.OPEN
     if isinstance(error, AgentClosedError) or stage is Stage.BUSY:
         return ApiError(503, f"cannot {verb} {shown}: the devbox does not answer at the moment; try again")
+    if stage is Stage.USER:
+        return conflict(
+            f"cannot {verb} {shown}: the user of the devbox cannot be used ({error}); put it back into its /etc/passwd"
+        )
     match error.errno:
-        case errno.ENOENT:
+        case errno.ENOTDIR if verb == "write":
+            return bad_request(f"cannot write {shown}: a part of the path is a file, not a folder; name another path")
+        case errno.ENOENT | errno.ENOTDIR:
             return not_found(f"cannot {verb} {shown}: there is no such file in the devbox; check the path")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return ApiError(403, f"cannot {verb} {shown}: the devbox's user may not; choose a path that it owns")

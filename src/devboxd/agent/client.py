@@ -91,8 +91,8 @@ class OpenedFile:
 class OpenedTarget:
     """A file opened for writing. Owns fd.
 
-    Without `pipe`, fd is the file `temporary`, to be renamed to `target`. With `pipe` it is a non-blocking pipe into
-    the file itself, and both paths are empty.
+    Without `pipe`, fd is the file `temporary`, to be renamed to `target`; or, emptied, the file itself, where no other
+    can take its place. With `pipe` it is a non-blocking pipe into the file itself. The paths are empty in these cases.
     """
 
     fd: int

@@ -149,6 +149,18 @@ def _unsupported(field: str) -> Exception:
     return bad_request(f"cannot create a devbox with {field}: this version does not support it; leave the field out")
 
 
+def _asks(value: Any) -> bool:
+    """Whether a value asks for anything: null, empty, and an object of such values do not."""
+    pending = [value]  # no recursion: the depth is the caller's
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif item:
+            return True
+    return False
+
+
 def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     """Check everything that a create asks for; return its launch parameters and the limits that follow.
 
@@ -156,10 +168,10 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     """
     launch = body.launch_parameters or LaunchParameters()
     for field in _NOT_YET_CREATE:
-        if getattr(body, field):
+        if _asks(getattr(body, field)):
             raise _unsupported(field)
     for field in _NOT_YET_LAUNCH:
-        if getattr(launch, field):
+        if _asks(getattr(launch, field)):
             raise _unsupported(f"launch_parameters.{field}")
     if launch.architecture == "arm64":
         raise _unsupported("launch_parameters.architecture arm64")
