@@ -186,3 +186,106 @@ def test_multiline_and_heredoc(shell: Driver) -> None:
 def test_a_large_command(shell: Driver) -> None:
     text = "x" * 300_000
     assert shell.run(f"v={text}; echo ${{#v}}")[1] == "300000\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("continue 2", 0),
+        ("continue 9", 0),
+        ("break 9", 0),
+        ("set -n", 0),
+        ("command() { :; }", 0),
+        ("builtin() { :; }", 0),
+        ("unset() { :; }; builtin() { :; }", 0),
+        ("unset() { exit 9; }", 9),
+        ("exec() { :; }; eval() { :; }; read() { :; }; shift() { exit 9; }; set() { exit 9; }", 0),
+        ("readonly __devboxd_k", 1),
+        ("set -C", 0),
+    ],
+)
+def test_nothing_that_a_command_does_stops_the_shell(shell: Driver, command: str, status: int) -> None:
+    shell.run("cd /usr")
+    found, out, _ = shell.run(command)
+    assert out == ""
+    assert status == 9 or found == status
+    for number in range(3):
+        assert shell.run(f"pwd; echo {number}")[:2] == (0, f"/usr\n{number}\n")
+
+
+def test_aliases_do_not_change_the_driver(shell: Driver) -> None:
+    words = "shift unset builtin command exec eval printf read export for set until".split()
+    shell.run("cd /usr; f() { echo f; }; " + "; ".join(f"alias {word}=exit" for word in [*words, "echo"]))
+    for _ in range(2):
+        shell.run("\\kill -9 $$")
+        assert shell.run("pwd; alias shift; f")[1] == "/usr\nalias shift='exit'\nf\n"
+
+
+def test_functions_with_names_of_builtins_are_kept(shell: Driver) -> None:
+    words = "shift exec eval printf read export set shopt alias unalias trap cd source".split()
+    shell.run("builtin cd /usr; " + "; ".join(f"{word}() {{ exit 9; }}" for word in words))
+    for _ in range(2):
+        shell.run("kill -9 $$")
+        assert shell.run("pwd; echo $$")[1].startswith("/usr\n")
+        assert shell.run("cd /")[0] == 9
+
+
+def test_functions_that_need_extglob_are_kept(shell: Driver) -> None:
+    shell.run("shopt -s extglob")
+    shell.run("f() { case $1 in @(a|b)) echo yes;; *) echo no;; esac; }; alias ll='echo l'; set -o pipefail; set -u")
+    shell.run("kill -9 $$")
+    status, out, _ = shell.run("f a; f c; ll; shopt extglob; false | true; echo $?; echo ${nothing}")
+    assert (status != 0, out) == (True, "yes\nno\nl\nextglob        \ton\n1\n")
+    shell.run("shopt -u extglob")
+    shell.run("kill -9 $$")
+    assert shell.run("f c; ll; shopt extglob")[1] == "no\nl\nextglob        \toff\n"
+
+
+def test_a_record_with_errexit_starts_a_shell(shell: Driver, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    shell.run(f"cd {tmp_path}/gone; rmdir ../gone; A=1; export A; set -eu")
+    shell.run("kill -9 $$")
+    assert shell.run("echo $A; echo ${-//[^eu]/}; false; echo no")[:2] == (1, "1\neu\n")
+    assert shell.run("echo on")[:2] == (0, "on\n")
+
+
+def test_an_alias_that_was_removed_stays_away(shell: Driver) -> None:
+    (shell.home / ".bash_profile").write_text("alias p='echo from the profile'\n")
+    shell.run("kill -9 $$")
+    assert shell.run("p")[1] == "from the profile\n"
+    shell.run("unalias p")
+    shell.run("kill -9 $$")
+    assert shell.run("p")[0] == 127
+
+
+def test_options_that_export_and_trace_show_nothing_of_the_driver(shell: Driver) -> None:
+    assert shell.run("set -a") == (0, "", "")
+    for _ in range(2):
+        assert shell.run("X=1; env | grep -c __devboxd; echo $-")[1].startswith("0\n")
+        assert shell.run("env | grep ^X=; : " + "x" * 200_000)[:2] == (0, "X=1\n")
+        shell.run("kill -9 $$")
+    assert shell.run("set -x") == (0, "", "")
+    assert shell.run("echo a") == (0, "a\n", "++ echo a\n")
+    shell.run("kill -9 $$")
+    assert shell.run("if")[0] == 2
+    assert shell.run("echo a") == (0, "a\n", "++ echo a\n")
+    assert shell.run("set +ax; echo ${-//[^ax]/}")[1] == "\n"
+    assert shell.run("Y=1; env | grep ^Y=; echo b") == (0, "b\n", "")
+
+
+@pytest.mark.parametrize("last", ["exit 3", "set -e; (exit 3)", "trap 'exit 3' USR1; kill -USR1 $$"])
+def test_a_trap_on_exit_writes_to_the_command(shell: Driver, last: str) -> None:
+    assert shell.run(f"trap 'echo cleanup; echo more >&2' EXIT; echo work; {last}") == (3, "work\ncleanup\n", "more\n")
+
+
+def test_redirections_of_a_command_end_with_it(shell: Driver, tmp_path: Path) -> None:
+    shell.run(f"exec >{tmp_path}/log; echo kept")
+    assert shell.run("echo shown") == (0, "shown\n", "")
+    assert (tmp_path / "log").read_text() == "kept\n"
+
+
+def test_an_idle_shell_lives_on_whatever_tmout_says(shell: Driver) -> None:
+    first = shell.run("TMOUT=1; echo $$")[1]
+    with pytest.raises(subprocess.TimeoutExpired):
+        shell.process.wait(timeout=1.5)
+    assert shell.run("echo $$")[1] == first
