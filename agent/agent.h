@@ -15,7 +15,7 @@ enum {
     SESSIONS_MAX = 64,         /* shells and terminals */
     SLOTS_MAX = EXECUTIONS_MAX + SESSIONS_MAX,
     HELPERS_MAX = 64,
-    GROUPS_MAX = 1024,         /* job groups of a shell that are remembered while a command runs */
+    TARGETS_MAX = 1024,        /* processes and job groups of a shell that are remembered while a command runs */
     RETRY_MS = 500,
     SCRIPT_FD = 9, COMMANDS_FD = 20, CONTROL_FD = 21,
 };
@@ -40,12 +40,18 @@ struct answer {
     const char *temporary, *target;
 };
 
+/* Whom kill(2) can reach: processes by their ids, groups by their negative ones. */
+struct targets {
+    uint32_t count;
+    int32_t ids[TARGETS_MAX];
+};
+
 /* What a child says to pid 1, once or twice, over a socket that closes on exec. stage 0: it went well. */
 struct report {
-    uint32_t stage, error, kind, uid, gid, count;
+    uint32_t stage, error, kind, uid, gid;
     union {
         struct { char temporary[PATH_LIMIT], target[PATH_LIMIT]; } paths;
-        int32_t groups[GROUPS_MAX];
+        struct targets targets;
     } u;
 };
 
@@ -97,8 +103,9 @@ struct slot {
     struct slot *shell;        /* COMMAND, NULL when the shell is gone */
     char shell_key[KEY_MAX + 1];
     bool folder, removing;     /* a folder of FIFOs may exist; a helper removes it */
-    uint32_t groups_count;
-    int32_t groups[GROUPS_MAX];
+    struct targets earlier;    /* COMMAND: what ran in its shell before it */
+    uint64_t kill_at;          /* when those of END are killed, 0: nobody is to end */
+    struct targets ending;
 };
 
 /* A short-lived child that may block, or touches files. */
@@ -154,6 +161,7 @@ bool slot_entry(struct slot *s, uint32_t tag);
 void slots_bury(void);
 void slots_retry(void);
 void slots_init(void);
+void handle_room(const struct request *q);
 void handle_ack(const struct request *q);
 
 /* journal.c */
@@ -185,6 +193,11 @@ void child_reset(void);
 void close_range_from(unsigned first, unsigned last);
 void handle_spawn(const struct request *q, int *fds);
 void handle_signal(const struct request *q);
+void handle_end(const struct request *q);
+bool listed(const struct targets *t, int32_t id);
+void targets_add(struct targets *t, int32_t id);
+void end_later(struct slot *s, uint32_t grace_ms);
+void end_continue(struct slot *s);
 void children_reap(void);
 extern bool reap_again;
 
@@ -219,6 +232,8 @@ void handle_shell(const struct request *q, int *fds);
 void handle_run(const struct request *q, int *fds);
 void shell_died(struct slot *s, uint32_t how, uint32_t value);
 void shell_signal(struct slot *s, const struct request *q);
+void shell_end(struct slot *s, const struct request *q);
+bool shell_kill(struct slot *s);
 void folder_remove(struct slot *s);
 void control_ready(struct watch *w, uint32_t events);
 

@@ -142,6 +142,8 @@ static void carry_out(const struct request *q, int *fds) {
     case HELLO: handle_hello(q); break;
     case SPAWN: handle_spawn(q, fds); break;
     case SIGNAL: handle_signal(q); break;
+    case END: handle_end(q); break;
+    case ROOM: handle_room(q); break;
     case STDIN: handle_stdin(q); break;
     case READ: case WRITE: case RENAME: case UNLINK: handle_files(q); break;
     case DIAL: handle_dial(q); break;
@@ -156,7 +158,7 @@ static void carry_out(const struct request *q, int *fds) {
 
 /* A well-formed frame whose names are no names is answered, the connection lives on. */
 static bool names_valid(const struct request *q) {
-    bool keyless = q->verb == HELLO || q->verb == LIST || q->verb == DIAL || (q->verb >= READ && q->verb <= UNLINK);
+    bool keyless = q->verb == HELLO || q->verb == LIST || q->verb == ROOM || q->verb == DIAL || (q->verb >= READ && q->verb <= UNLINK);
     if (q->verb == SIGNAL && q->scope == SCOPE_ALL) return q->key.length == 0;
     return (keyless || key_valid(q->key)) && (q->verb != RUN || key_valid(q->shell));
 }

@@ -57,6 +57,7 @@ static void take_fields(struct cursor *c, struct request *r) {
     case HELLO: r->oldest = take_u32(c); r->newest = take_u32(c); break;
     case SPAWN: r->key = take_text(c); r->flags = take_u32(c); r->cap = take_u64(c); break;
     case SIGNAL: r->key = take_text(c); r->signal = take_u32(c); r->scope = take_u32(c); break;
+    case END: r->key = take_text(c); r->scope = take_u32(c); r->deadline = take_u32(c); break;
     case STDIN: r->key = take_text(c); r->length = take_u64(c); r->eof = take_u32(c); break;
     case READ:
     case UNLINK: r->user = take_text(c); r->path = take_text(c); r->deadline = take_u32(c); break;
@@ -74,6 +75,7 @@ static void take_fields(struct cursor *c, struct request *r) {
     case RUN:
         r->shell = take_text(c); r->key = take_text(c); r->flags = take_u32(c); r->cap = take_u64(c);
         break;
+    case ROOM:
     case LIST: break;
     default: c->bad = true;
     }

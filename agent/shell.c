@@ -1,7 +1,6 @@
 /* SHELL and RUN: a living shell, and commands inside it. The shell gets each command's FIFOs by a folder. */
 #include "agent.h"
 
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -122,36 +121,30 @@ static bool process_read(const char *name, pid_t *parent, pid_t *group) {
     return after && sscanf(after + 1, " %*c %d %d", parent, group) == 2;
 }
 
-static bool listed(const int32_t *groups, uint32_t count, pid_t group) {
-    for (uint32_t i = 0; i < count; i++)
-        if (groups[i] == group) return true;
-    return false;
-}
-
-/* The process groups of a shell's children, but for its own and those in `known`; their number. */
-static uint32_t groups_scan(const struct slot *shell, const int32_t *known, uint32_t known_count, int32_t *groups) {
+/* What runs in a shell: the groups of its children's jobs, and each process in its own group, where substitutions are. */
+static void targets_scan(const struct slot *shell, struct targets *found) {
     DIR *proc = opendir("/proc");
-    uint32_t count = 0;
     for (struct dirent *e; proc && (e = readdir(proc));) {
-        pid_t parent, group;
-        if (!isdigit((unsigned char)e->d_name[0]) || !process_read(e->d_name, &parent, &group)) continue;
-        if (parent != shell->pid || group == shell->group || group <= 1) continue;
-        if (listed(known, known_count, group) || listed(groups, count, group) || count == GROUPS_MAX) continue;
-        groups[count++] = group;
+        pid_t pid = atoi(e->d_name), parent, group;
+        if (pid <= 1 || pid == shell->pid || !process_read(e->d_name, &parent, &group) || group <= 1) continue;
+        if (group == shell->group) targets_add(found, pid);
+        else if (parent == shell->pid) targets_add(found, -group);
     }
     if (proc) closedir(proc);
-    return count;
 }
 
+/* The shell first: one that sees its child die would go on to what the command does next. */
 static void signal_body(const struct request *q, int channel, int unused) {
-    static int32_t groups[GROUPS_MAX];
-    struct slot *s = slot_find(q->key);
+    static struct report r;
+    static struct targets all;
+    const struct slot *s = slot_find(q->key);
     (void)unused;
-    uint32_t count = groups_scan(s->shell, s->groups, s->groups_count, groups);
-    /* The shell first: one that sees its child die would go on to what the command does next. */
-    int error = kill(s->shell->pid, (int)q->signal) < 0 ? errno : 0;
-    for (uint32_t i = 0; i < count; i++) kill(-groups[i], (int)q->signal);
-    finish(channel, error ? STAGE_LOOKUP : STAGE_NONE, error);
+    targets_scan(s->shell, &all);
+    kill(s->shell->pid, (int)q->signal);
+    for (uint32_t i = 0; i < all.count; i++)
+        if (!listed(&s->earlier, all.ids[i])) targets_add(&r.u.targets, all.ids[i]);
+    for (uint32_t i = 0; i < r.u.targets.count; i++) kill(r.u.targets.ids[i], (int)q->signal);
+    report_send(channel, &r, NULL, 0);
 }
 
 static void text_write(int folder, int from, const struct slot *shell, int channel) {
@@ -204,7 +197,7 @@ static void run_body(const struct request *q, int channel, int text) {
     for (int i = 0; i < count; i++)
         if (fds[i] < 0) finish(channel, STAGE_OPEN, errno ? errno : EINVAL);
     if (fchown(folder, shell->uid, shell->gid) < 0) finish(channel, STAGE_OPEN, errno);
-    r.count = groups_scan(shell, NULL, 0, r.u.groups);
+    targets_scan(shell, &r.u.targets);
     report_send(channel, &r, fds, count);
 }
 
@@ -258,8 +251,7 @@ static void run_done(struct helper *h, const struct report *r, int *fds) {
         folder_remove(s);
         return;
     }
-    s->groups_count = r->count;
-    memcpy(s->groups, r->u.groups, sizeof s->groups);
+    s->earlier = r->u.targets;
     stream_start(s, 0, fds[0], s->out[0].journal, s->out[0].cap);
     stream_start(s, 1, fds[1], s->out[1].journal, s->out[1].cap);
     if (s->in.attached) feed_start(s, fds[2], s->in.spool);
@@ -296,8 +288,40 @@ void handle_run(const struct request *q, int *fds) {
     }
 }
 
+static bool lives(const struct slot *s) { return s->shell && s->shell->pid && s->state == RUNNING; }
+
 void shell_signal(struct slot *s, const struct request *q) {
-    if (!s->shell || !s->shell->pid || s->state != RUNNING) answer_error(q->tag, STAGE_LOOKUP, ESRCH);
+    if (!lives(s)) answer_error(q->tag, STAGE_LOOKUP, ESRCH);
     else if (q->signal > 64 || q->scope > SCOPE_GROUP) answer_error(q->tag, STAGE_LOOKUP, EINVAL);
     else helper_start(q, q->tag, HELPER_MS, signal_body, -1);
 }
+
+static void end_told(struct helper *h, const struct report *r, int *fds) {
+    struct slot *s = slot_numbered(h->serial);
+    (void)fds;
+    if (!s || !s->kill_at || r->stage) return;
+    for (uint32_t i = 0; i < r->u.targets.count; i++) targets_add(&s->ending, r->u.targets.ids[i]);
+}
+
+/* Sends a signal to the command and keeps whom it reached. False: there is no helper to be had. */
+static bool end_start(struct slot *s, int signal) {
+    struct request q = {.key = {s->key, (uint32_t)strlen(s->key)}, .signal = (uint32_t)signal};
+    struct helper *h = helper_start(&q, 0, HELPER_MS, signal_body, -1);
+    if (h) h->serial = s->serial, h->done = end_told;
+    return h != NULL;
+}
+
+/* SIGTERM to a command of a shell. It is answered at once: no server needs to stay until the helper is done. */
+void shell_end(struct slot *s, const struct request *q) {
+    if (!lives(s)) {
+        answer_error(q->tag, STAGE_LOOKUP, ESRCH);
+    } else if (end_start(s, SIGTERM)) {
+        end_later(s, q->deadline);
+        answer_ok(q->tag, 0);
+    } else {
+        answer_error(q->tag, errno == EAGAIN ? STAGE_BUSY : STAGE_FORK, errno);
+    }
+}
+
+/* SIGKILL to a command that SIGTERM did not end, also to what it has begun since; false: to be tried again. */
+bool shell_kill(struct slot *s) { return !lives(s) || end_start(s, SIGKILL); }

@@ -156,7 +156,7 @@ void slot_settle(struct slot *s) {
     }
     if (!slot_flush(s)) flush_later();
     if (s->failed ? s->answer.tag != 0 : !s->acknowledged) return;
-    if (s->folder || !stream_idle(&s->out[0]) || !stream_idle(&s->out[1])) return;
+    if (s->kill_at || s->folder || !stream_idle(&s->out[0]) || !stream_idle(&s->out[1])) return;
     slot_drop(s);
 }
 
@@ -242,9 +242,13 @@ void slots_retry(void) {
         stream_retry(s, 0);
         stream_retry(s, 1);
         feed_pump(s);
+        if (s->kill_at) end_continue(s);
         if (s->folder && (s->failed || s->state >= ENDING)) folder_remove(s);
     }
 }
+
+/* Executions that have ended count as long as anybody holds their pipes. */
+void handle_room(const struct request *q) { answer_ok(q->tag, (uint64_t)(executions_max - executions)); }
 
 void handle_ack(const struct request *q) {
     struct slot *s = slot_find(q->key);

@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { REAPS_A_TURN = 256 };
+enum { REAPS_A_TURN = 256, GRACE_MOST = 600000 };
 enum { REPORT_FD = 3, RECORD_FD = 4, HIGH_FD = 32 }; /* where a child puts its descriptors */
 
 bool reap_again;
@@ -318,6 +318,56 @@ void handle_signal(const struct request *q) {
     else if (q->signal <= 64 && q->scope <= SCOPE_GROUP) error = s ? signal_slot(s, q->scope, (int)q->signal) : ESRCH;
     if (error) answer_error(q->tag, STAGE_LOOKUP, error);
     else answer_ok(q->tag, 0);
+}
+
+bool listed(const struct targets *t, int32_t id) {
+    for (uint32_t i = 0; i < t->count; i++)
+        if (t->ids[i] == id) return true;
+    return false;
+}
+
+/* What is known already, or has no room, is left out. */
+void targets_add(struct targets *t, int32_t id) {
+    if (t->count < TARGETS_MAX && !listed(t, id)) t->ids[t->count++] = id;
+}
+
+/* The grace runs from the first END on. */
+void end_later(struct slot *s, uint32_t grace_ms) {
+    if (!s->kill_at) s->kill_at = now_ms() + (grace_ms > GRACE_MOST ? GRACE_MOST : grace_ms);
+    retry_later();
+}
+
+/* Each RETRY_MS, also without a server. Who is gone is forgotten: another may get that number later. */
+void end_continue(struct slot *s) {
+    bool due = now_ms() >= s->kill_at;
+    struct targets *t = &s->ending;
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < t->count; i++)
+        if (kill(t->ids[i], due ? SIGKILL : 0) == 0) t->ids[left++] = t->ids[i];
+    t->count = left;
+    if (due && (s->type != COMMAND || shell_kill(s))) {
+        s->kill_at = t->count = 0;
+        slot_settle(s);
+    } else {
+        retry_later();
+    }
+}
+
+void handle_end(const struct request *q) {
+    struct slot *s = slot_find(q->key);
+    int error = !s ? ESRCH : q->scope > SCOPE_GROUP ? EINVAL : 0;
+    if (!error && s->type == COMMAND) {
+        shell_end(s, q);
+        return;
+    }
+    if (!error) error = signal_slot(s, q->scope, SIGTERM);
+    if (error) {
+        answer_error(q->tag, STAGE_LOOKUP, error);
+        return;
+    }
+    targets_add(&s->ending, q->scope == SCOPE_GROUP ? -s->group : s->pid);
+    end_later(s, q->deadline);
+    answer_ok(q->tag, 0);
 }
 
 static struct slot *slot_of_process(pid_t pid) {

@@ -64,7 +64,7 @@ static void test_nonsense(void) {
     frame_start(&f, LIST, 0);
     assert(!decodes(0, &q));
     for (uint32_t verb = 0; verb < 300; verb++) {
-        if (verb == LIST) continue;
+        if (verb == LIST || verb == ROOM) continue;
         frame_start(&f, verb, 1);
         assert(!decodes(0, &q));
     }

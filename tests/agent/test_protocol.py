@@ -56,6 +56,8 @@ def requests() -> dict[str, bytes]:
         "run with stdin": p.encode_run(17, "shell_A", "exec-4", stdin=True, cap=7),
         "list": p.encode_list(18),
         "ack": p.encode_ack(2**32 - 1, "exec-1"),
+        "end": p.encode_end(19, "exec-1", Scope.GROUP, 5000),
+        "room": p.encode_room(20),
         "record": p.encode_record(["bash", "-lc", ". /dev/fd/9"], {"A": "b"}, "/tmp", "user", b"echo \xff\0"),
     }
 

@@ -176,3 +176,75 @@ async def test_many_commands_leave_nothing(shell):
     for number in range(100):
         assert (await shell.run_in("sh", f"k{number}", f"echo {number}")).stdout == b"%d\n" % number
     assert (await shell.run("look", "ls -A /run/devboxd/x | wc -l")).stdout == b"0\n"
+
+
+def commands(pattern: str) -> str:
+    """A look at whose command line matches; it does not see itself."""
+    return f"ps -A -o args= | grep -x '{pattern}' | sort"
+
+
+async def until_seen(shell, pattern: str, wanted: bytes) -> None:
+    async def seen():
+        shell.looks = getattr(shell, "looks", 0) + 1
+        return (await shell.run(f"seen-{shell.looks}", commands(pattern))).stdout == wanted
+
+    await shell.until(seen)
+
+
+@pytest.mark.parametrize("signal", [2, 15])
+@pytest.mark.parametrize("command", ["x=$(sleep 71; true); echo got", "x=$(true | (sleep 71; true)); echo got"])
+async def test_a_signal_reaches_substitutions(shell, command, signal):
+    await shell.start_in("sh", "one", command)
+    await until_seen(shell, "sleep 71", b"sleep 71\n")
+    await shell.client.signal("one", signal, Scope.GROUP)
+    event = await shell.exited("one")
+    assert (event.status, shell.box.output("one", "out")) == (128 + signal, b"")
+    await until_seen(shell, "sleep 71", b"")
+
+
+async def test_a_signal_spares_the_substitutions_of_earlier_commands(shell):
+    await shell.run_in("sh", "one", "exec 7< <(sleep 72)")
+    await shell.start_in("sh", "two", "cat <(sleep 73)")
+    await until_seen(shell, "sleep 7[23]", b"sleep 72\nsleep 73\n")
+    await shell.client.signal("two", 15, Scope.PROCESS)
+    assert (await shell.exited("two")).status == 143
+    await until_seen(shell, "sleep 7[23]", b"sleep 72\n")
+
+
+async def test_end_insists_on_what_a_dead_shell_left(shell):
+    await shell.start_in("sh", "one", "bash -c \"trap '' TERM; sleep 74; sleep 75\"; true")
+    await until_seen(shell, "sleep 7[45]", b"sleep 74\n")
+    await shell.client.end("one", Scope.GROUP, 0.3)
+    event = await shell.exited("one")
+    assert (event.status, event.shell_died) == (143, True)
+    await shell.client.ack("one")
+    await until_seen(shell, "sleep 7[45]", b"")
+
+
+async def test_end_insists_on_what_a_shell_began_meanwhile(shell):
+    await shell.start_in("sh", "one", "trap '' TERM; echo ready; (trap - TERM; exec sleep 76); sleep 77; true")
+    await shell.has("one", b"ready\n")
+    await shell.client.end("one", Scope.GROUP, 2)
+    assert (await shell.exited("one")).status == 137
+    await until_seen(shell, "sleep 7[67]", b"")
+    with pytest.raises(AgentError):
+        await shell.client.end("one", Scope.GROUP, 2)
+
+
+async def test_a_command_that_ends_in_the_grace_leaves_its_shell_alone(shell):
+    await shell.run_in("sh", "earlier", "sleep 78 & true")
+    await shell.start_in("sh", "one", "trap 'echo caught' TERM; echo ready; sleep 79; echo over")
+    await shell.has("one", b"ready\n")
+    await shell.client.end("one", Scope.GROUP, 0.1)
+    event = await shell.exited("one")
+    assert (event.status, shell.box.output("one", "out")) == (0, b"ready\ncaught\nover\n")
+    await shell.client.ack("one")
+    assert event.shell_died is False
+    await shell.start_in("sh", "two", "read x; echo on", stdin=True)
+    await shell.start("clock", ["bash", "-c", "trap '' TERM; echo ready; while :; do sleep 0.01; done"])
+    await shell.has("clock", b"ready\n")
+    await shell.client.end("clock", Scope.PROCESS, 0.1)
+    assert (await shell.exited("clock")).status == 137  # so the grace of the first is over, too
+    await shell.client.stdin("two", shell.box.feed("two", b"x\n"), True)
+    assert (await shell.exited("two")).status == 0
+    await until_seen(shell, "sleep 78", b"sleep 78\n")

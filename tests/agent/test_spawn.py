@@ -256,3 +256,56 @@ async def test_a_user_opens_its_own_pipes_by_name(session):
     assert (await session.exited("one")).status == 0
     assert session.box.output("one", "out") == b"through"
     assert session.box.output("one", "err") == b"err\n"
+
+
+async def test_end_insists_on_a_group_that_outlives_its_leader_and_the_server(box):
+    session = await box.session()
+    stubborn = "(trap '' TERM; exec sleep 5151) >/dev/null 2>&1 & exec sleep 60"
+    await session.start("one", ["bash", "-c", stubborn])
+    look = "ps -A -o args= | grep -cx 'sleep 5151'; true"
+
+    async def count(wanted: bytes) -> bool:
+        session.looks = getattr(session, "looks", 0) + 1
+        return (await session.run(f"look-{session.looks}", look)).stdout == wanted
+
+    await session.until(lambda: count(b"1\n"))
+    await session.client.end("one", Scope.GROUP, 1)
+    assert (await session.exited("one")).status == 143
+    await session.client.ack("one")
+    assert await session.client.list() == []
+    await session.client.close()
+    session = await box.session()
+    session.looks = 1000
+    await session.until(lambda: count(b"0\n"))
+
+    async def free() -> bool:
+        try:
+            await session.start("one", ["true"])
+        except AgentError:
+            return False
+        return True
+
+    await session.until(free)
+
+
+async def test_end_of_a_process_leaves_its_group(session):
+    await session.start("one", ["bash", "-c", "trap '' TERM; sleep 5252 & echo ready; while :; do sleep 0.01; done"])
+    await session.has("one", b"ready\n")
+    await session.client.end("one", Scope.PROCESS, 0.1)
+    assert (await session.exited("one")).status == 137
+    assert (await session.run("look", "ps -A -o args= | grep -x 'sleep 5252'")).exit.status == 0
+    for key, scope in (("none", Scope.GROUP), ("one", Scope.PROCESS), ("one", 2)):
+        with pytest.raises(AgentError):
+            await session.client.end(key, scope, 1)
+
+
+async def test_room_counts_executions_whose_pipes_are_held(session):
+    before = await session.client.room()
+    await session.run("one", "sleep 5353 & true")
+    assert await session.client.room() == before - 1
+    await session.run("two", "kill $(pgrep -x sleep)")
+
+    async def again() -> bool:
+        return await session.client.room() == before
+
+    await session.until(again)

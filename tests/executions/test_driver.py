@@ -214,7 +214,7 @@ def test_nothing_that_a_command_does_stops_the_shell(shell: Driver, command: str
 
 
 def test_aliases_do_not_change_the_driver(shell: Driver) -> None:
-    words = "shift unset builtin command exec eval printf read export for set until".split()
+    words = ["shift", "unset", "builtin", "command", "exec", "eval", "printf", "read", "export", "for", "set", "until"]
     shell.run("cd /usr; f() { echo f; }; " + "; ".join(f"alias {word}=exit" for word in [*words, "echo"]))
     for _ in range(2):
         shell.run("\\kill -9 $$")
@@ -222,7 +222,21 @@ def test_aliases_do_not_change_the_driver(shell: Driver) -> None:
 
 
 def test_functions_with_names_of_builtins_are_kept(shell: Driver) -> None:
-    words = "shift exec eval printf read export set shopt alias unalias trap cd source".split()
+    words = [
+        "shift",
+        "exec",
+        "eval",
+        "printf",
+        "read",
+        "export",
+        "set",
+        "shopt",
+        "alias",
+        "unalias",
+        "trap",
+        "cd",
+        "source",
+    ]
     shell.run("builtin cd /usr; " + "; ".join(f"{word}() {{ exit 9; }}" for word in words))
     for _ in range(2):
         shell.run("kill -9 $$")

@@ -202,6 +202,13 @@ class AgentClient:
         """Send a signal; AgentError(LOOKUP, ESRCH) when there is nobody."""
         await self._value(lambda tag: protocol.encode_signal(tag, key, signal, scope))
 
+    async def end(self, key: str, scope: Scope, grace: float) -> None:
+        """Send SIGTERM, and SIGKILL to whoever lives after the grace in seconds; the agent sees to it alone.
+
+        AgentError(LOOKUP, ESRCH) when there is nobody.
+        """
+        await self._value(lambda tag: protocol.encode_end(tag, key, scope, _milliseconds(grace)))
+
     async def stdin(self, key: str, length: int, eof: bool) -> int:
         """Tell that the spool holds `length` bytes; return how many of them the command's pipe has taken."""
         return await self._value(lambda tag: protocol.encode_stdin(tag, key, length, eof=eof))
@@ -278,6 +285,10 @@ class AgentClient:
     async def ack(self, key: str) -> None:
         """Tell that an exit is stored: the agent forgets it."""
         await self._value(lambda tag: protocol.encode_ack(tag, key))
+
+    async def room(self) -> int:
+        """Return how many more executions the agent has room for."""
+        return await self._value(protocol.encode_room)
 
     async def close(self) -> None:
         """Close the connection; outstanding requests fail with AgentClosedError. The box goes on."""

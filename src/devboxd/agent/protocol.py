@@ -43,6 +43,8 @@ class Verb(IntEnum):
     RUN = 13
     LIST = 14
     ACK = 15
+    END = 16
+    ROOM = 17
     OK = 128
     ERROR = 129
     FD = 130
@@ -267,6 +269,16 @@ def encode_list(tag: int) -> bytes:
 def encode_ack(tag: int, key: str) -> bytes:
     """ACK."""
     return _frame(Verb.ACK, tag, _key(key))
+
+
+def encode_end(tag: int, key: str, scope: Scope, grace_ms: int) -> bytes:
+    """END: SIGTERM now, SIGKILL after the grace; not for Scope.ALL."""
+    return _frame(Verb.END, tag, _key(key), _u32(scope, grace_ms))
+
+
+def encode_room(tag: int) -> bytes:
+    """ROOM."""
+    return _frame(Verb.ROOM, tag)
 
 
 def encode_record(

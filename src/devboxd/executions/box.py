@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import errno
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from devboxd.agent.client import AgentClient
-from devboxd.agent.protocol import Entry, EntryState, EntryType, encode_record
+from devboxd.agent.client import AgentClient, AgentError
+from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage, encode_record
 from devboxd.errors import ApiError
 from devboxd.executions.journals import Spool
 from devboxd.executions.shells import SHELLS_MAX, Shell, shell_key
 from devboxd.executions.store import Execution
 from devboxd.http.streams import wait
 
+_T = TypeVar("_T")
+_AGAIN_S = 0.05
 _PATIENCE_S = 5.0
 """How long a request waits for an agent that is being connected, before it is told to come again."""
 
@@ -59,8 +63,12 @@ class Box:
     """Why nothing runs here any more, once that is so."""
     known: frozenset[str] = frozenset()
     """The keys that the agent knew when it was connected."""
-    bashes: set[str] = field(default_factory=set)
-    """The keys of named shells that are thought to live; a wrong one costs a round trip."""
+    room: int = 0
+    """For how many more commands the agent has room at least; below 1 it has to be asked."""
+    bashes: dict[str, None] = field(default_factory=dict)
+    """The keys of named shells that are thought to live, the one used last at the end."""
+    leaving: dict[str, asyncio.Event] = field(default_factory=dict)
+    """The keys of idle shells that are being ended; the event comes with the end."""
     running: dict[str, Running] = field(default_factory=dict)
     shells: dict[str, Shell] = field(default_factory=dict)
     _agent: AgentClient | None = None
@@ -81,9 +89,12 @@ class Box:
         """Use this connection, whose agent knows `entries`, from now on; `on_lost` is called once when it breaks."""
         self._agent, self._on_lost = agent, on_lost
         self.known = frozenset(entry.key for entry in entries)
-        self.bashes = {
-            entry.key for entry in entries if entry.type is EntryType.SHELL and entry.state is EntryState.RUNNING
-        }
+        self.room = 0
+        living = {e.key for e in entries if e.type is EntryType.SHELL and e.state is EntryState.RUNNING}
+        used = [key for key in self.bashes if key in living]
+        self.bashes = dict.fromkeys([*sorted(living.difference(used)), *used])
+        for key in list(self.leaving):
+            self.gone_from(key)
         self._attached.set()
 
     def lost(self, agent: AgentClient | None = None) -> None:
@@ -114,10 +125,33 @@ class Box:
         """Whether the agent is connected, now or within a time for which a request can wait."""
         return (self._attached.is_set() or await wait(self._attached, _PATIENCE_S)) and self.gone is None
 
+    def _busy(self) -> set[str]:
+        return {shell.key for shell in self.shells.values() if shell.busy}
+
     def has_place(self, shell_name: str) -> bool:
-        """Whether a command for this named shell can be taken: the number of shells is bounded."""
-        shells = self.bashes | {shell.key for shell in self.shells.values() if shell.busy}
-        return len(shells) < SHELLS_MAX or shell_key(shell_name) in shells
+        """Whether a command for this named shell can be taken: the number of those that have one is bounded."""
+        busy = self._busy()
+        return len(busy) < SHELLS_MAX or shell_key(shell_name) in busy
+
+    def idle(self) -> str | None:
+        """The key of the living shell without a command that was used least recently."""
+        busy = self._busy()
+        return next((key for key in self.bashes if key not in busy), None)
+
+    def leave(self, key: str) -> None:
+        """An idle shell is being ended: no command is given to it any more."""
+        del self.bashes[key]
+        self.leaving[key] = asyncio.Event()
+
+    def gone_from(self, key: str) -> None:
+        """A shell that was being ended is gone; its key is free."""
+        if (event := self.leaving.pop(key, None)) is not None:
+            event.set()
+
+    async def left(self, key: str) -> None:
+        """Wait until a shell that is being ended is gone."""
+        if (event := self.leaving.get(key)) is not None:
+            await wait(event, _PATIENCE_S)
 
     def shell(self, name: str) -> Shell:
         """The named shell, a new one if there is none yet."""
@@ -161,6 +195,18 @@ class Boxes:
         """What is known of an execution that has not completed."""
         box = self._boxes.get(row.devbox_id)
         return None if box is None else box.running.get(row.id)
+
+
+async def patient(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """Ask an agent, and for a while again while it has no child or place to spare. Raises what `ask` raises."""
+    for _ in range(round(_PATIENCE_S / _AGAIN_S)):
+        try:
+            return await ask()
+        except AgentError as error:
+            if (error.stage, error.errno) != (Stage.BUSY, errno.EAGAIN):
+                raise
+        await asyncio.sleep(_AGAIN_S)  # the agent does not tell when it has
+    return await ask()
 
 
 def unreachable(box_id: str) -> ApiError:

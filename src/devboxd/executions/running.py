@@ -25,10 +25,10 @@ from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, Exit
 from devboxd.agent.protocol import Entry, EntryState, Scope, Stage
 from devboxd.errors import ApiError, bad_request, conflict
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, Boxes, Running, unreachable
+from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
-from devboxd.executions.shells import READ_SCRIPT, SHELLS_MAX, Shell, shell_record
+from devboxd.executions.shells import READ_SCRIPT, SHELLS_MAX, Shell, shell_key, shell_record
 from devboxd.executions.stdin import Stdin
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
 from devboxd.executions.views import view_of
@@ -47,8 +47,8 @@ SETUP = "setup"
 KILL_GRACE_S = 5.0
 _STORE_AGAIN_S = 1.0
 _STARTING_S = 0.01
-_SIGKILL, _SIGTERM = 9, 15
-_KILLED, _TERMINATED = 128 + _SIGKILL, 128 + _SIGTERM
+_SIGKILL = 9
+_KILLED, _TERMINATED = 128 + _SIGKILL, 128 + 15
 _BEGINNINGS_OF_SHELLS = 3
 
 
@@ -164,7 +164,9 @@ class Executions:
         if handle is not None and (known := await self._known(box_id, handle, command)) is not None:
             return known
         box = await self._boxes.reached(box_id)
+        await self._measure(box)
         self._check_room(box, shell_name)
+        box.room -= 1
         own_id = new_id("exe")
         row = Execution(
             own_id, box.id, handle or own_id, purpose, command, shell_name, attach_stdin, RUNNING,
@@ -237,13 +239,28 @@ class Executions:
                 f"cannot start another command: {self._in_all} run on this server, the limit that follows from "
                 "its number of open files (LimitNOFILE)",
             )
+        if box.room < 1:
+            raise ApiError(
+                429,
+                f"cannot start another command in {box.id}: what earlier ones left running holds the output of as many "
+                "as its agent can serve, the limit; end some of those processes",
+            )
         if shell_name is not None and not box.has_place(shell_name):
             raise ApiError(
                 429,
-                f"cannot begin another named shell in {box.id}: it has {SHELLS_MAX} shells, the limit; use one of "
-                "them or end one with `exit`",
-                retry=False,
+                f"cannot use another named shell in {box.id}: {SHELLS_MAX} of them run a command, the limit; wait for "
+                "one of them",
             )
+
+    async def _measure(self, box: Box) -> None:
+        """Ask the agent for how many commands it has room, when that may be none."""
+        if box.room > 0:
+            return
+        try:
+            room = await box.agent.room()
+        except (AgentError, AgentClosedError) as error:
+            raise unreachable(box.id) from error
+        box.room = room - sum(not running.told.is_set() for running in box.running.values())
 
     async def _known(self, box_id: str, handle: str, command: str) -> Execution | None:
         row = await self._store.read(lambda c: rows.by_handle(c, box_id, handle))
@@ -287,7 +304,7 @@ class Executions:
                 record = box.record(["bash", "-lc", row.command], user=user)
             else:
                 record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
-            await agent.spawn(row.id, record, out, err, stdin, self._journals.cap)
+            await patient(partial(agent.spawn, row.id, record, out, err, stdin, self._journals.cap))
 
     async def _cannot_start(self, box: Box, running: Running, error: AgentError | OSError) -> None:
         missing = isinstance(error, AgentError) and error.errno == errno.ENOENT
@@ -307,15 +324,16 @@ class Executions:
     async def _exited(self, box: Box, event: ExitEvent) -> None:
         if (agent := await box.reach()) is None:
             return
-        box.bashes.discard(event.key)
+        box.bashes.pop(event.key, None)
         if (running := box.running.get(event.key)) is not None:
             if event.shell_died and running.row.shell_name is not None:
-                box.bashes.discard(box.shell(running.row.shell_name).key)
+                box.bashes.pop(shell_key(running.row.shell_name), None)
             await self._complete(box, running, event.status, event=event)
         try:
             await agent.ack(event.key)
         except (AgentError, AgentClosedError) as error:
             _log.debug("an end was not acknowledged", key=event.key, error=str(error))
+        box.gone_from(event.key)
 
     async def _complete(
         self, box: Box, running: Running, status: int, *, error: str | None = None, event: ExitEvent | None = None
@@ -381,15 +399,20 @@ class Executions:
         for _ in range(_BEGINNINGS_OF_SHELLS):
             if shell.key not in box.bashes:
                 await self._begin_shell(box, agent, shell)
+            box.bashes[shell.key] = box.bashes.pop(shell.key)  # the one used last
+            command = row.command.encode()
             try:
-                return await agent.run(shell.key, row.id, row.command.encode(), *files, self._journals.cap)
+                return await patient(partial(agent.run, shell.key, row.id, command, *files, self._journals.cap))
             except AgentError as error:
                 if error.stage is not Stage.LOOKUP:
                     raise
-                box.bashes.discard(shell.key)
+                box.bashes.pop(shell.key, None)
         raise AgentError(Stage.EXEC, errno.ECHILD)
 
     async def _begin_shell(self, box: Box, agent: AgentClient, shell: Shell) -> None:
+        await box.left(shell.key)
+        while len(box.bashes) >= SHELLS_MAX and (idle := box.idle()) is not None:
+            await self._retire(box, agent, idle)
         with contextlib.suppress(AgentError):
             await agent.ack(shell.key)  # the end of an earlier bash, if there is one, would hold the key
         try:
@@ -397,14 +420,23 @@ class Executions:
         except AgentError as error:
             if error.stage is not Stage.DUPLICATE:
                 raise
-        box.bashes.add(shell.key)
+        box.bashes[shell.key] = None
+
+    async def _retire(self, box: Box, agent: AgentClient, key: str) -> None:
+        """End an idle bash, whose next command will begin from its record. Its background jobs go on."""
+        box.leave(key)
+        try:
+            await agent.signal(key, _SIGKILL, Scope.PROCESS)
+        except AgentError:
+            box.gone_from(key)  # it has ended already
+        await box.left(key)
 
     # -- signals -------------------------------------------------------------------------------------------------
 
     async def kill(self, row: Execution, group: bool) -> None:
-        """End a command: SIGTERM, after a grace SIGKILL. One that has not begun never does; an ended one stays.
+        """End a command: SIGTERM, after a grace SIGKILL, to which the agent sees alone.
 
-        Raises 503 while the devbox's agent is being connected.
+        One that has not begun never does; an ended one stays. Raises 503 while the devbox's agent cannot be asked.
         """
         running = self._boxes.running(row)
         if running is None:
@@ -416,23 +448,15 @@ class Executions:
             await self._complete(box, running, _TERMINATED, error="it was killed before it began")
             return
         await wait(running.told, KILL_GRACE_S)
-        for number in (_SIGTERM, _SIGKILL):
-            try:
-                await box.agent.signal(row.id, number, Scope.GROUP if group else Scope.PROCESS)
-            except AgentClosedError as error:
-                raise unreachable(box.id) from error
-            except AgentError as error:
-                _log.debug("a signal was not delivered", execution=row.id, error=str(error))
-            if await wait(running.done, KILL_GRACE_S):
-                if group and number == _SIGTERM:
-                    self._tasks.start(self._kill_rest(box, row), f"kill of the rest of {row.id}")
-                return
-
-    async def _kill_rest(self, box: Box, row: Execution) -> None:
-        """The leader of a group obeyed SIGTERM; whoever of the group did not is killed after the grace."""
-        await asyncio.sleep(KILL_GRACE_S)
-        with contextlib.suppress(AgentError, AgentClosedError, ApiError):
-            await box.agent.signal(row.id, _SIGKILL, Scope.GROUP)
+        try:
+            scope = Scope.GROUP if group else Scope.PROCESS
+            await patient(partial(box.agent.end, row.id, scope, KILL_GRACE_S))
+        except AgentClosedError as error:
+            raise unreachable(box.id) from error
+        except AgentError as error:
+            if error.stage is not Stage.LOOKUP:  # else it has ended, or never began
+                raise ApiError(503, f"cannot kill {row.id} at the moment: {error}; try again", retry=True) from error
+        await wait(running.done, 2 * KILL_GRACE_S)
 
 
 def _check(command: str, handle: str | None, shell_name: str | None) -> None:

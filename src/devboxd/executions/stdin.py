@@ -19,7 +19,7 @@ from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
 from devboxd.agent.protocol import Scope
 from devboxd.engine.blocking import finished
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, Boxes, Running
+from devboxd.executions.box import Box, Boxes, Running, patient
 from devboxd.executions.journals import Journals, Spool
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.http.once import Once
@@ -80,7 +80,7 @@ class Stdin:
 
     async def _interrupt(self, box: Box, running: Running, once: Once) -> bool:
         try:
-            await box.agent.signal(running.row.id, _SIGINT, Scope.GROUP)
+            await patient(partial(box.agent.signal, running.row.id, _SIGINT, Scope.GROUP))
         except (AgentError, AgentClosedError):
             return False
         await self._store.write(lambda c: once.bind(c, running.row.id), synced=False)
