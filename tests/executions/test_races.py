@@ -319,24 +319,6 @@ def test_a_command_whose_files_cannot_be_made_is_refused_and_leaves_nothing(own_
         assert api.output(box, "echo again") == "again\n"
 
 
-def test_a_box_has_a_bounded_number_of_named_shells(own_server: Server) -> None:
-    with own_server.api() as api:
-        box = api.create(launch_parameters={"resource_size_request": "MEDIUM"})
-        message = ""
-        for number in range(100):
-            answer = api.http.post(
-                f"/v1/devboxes/{box}/execute", json={"command": ":", "command_id": f"c{number}",
-                                                     "shell_name": f"s{number}", "optimistic_timeout": 0}
-            )  # fmt: skip
-            if answer.status_code != 200:
-                assert answer.status_code == 429, answer.text
-                message = answer.json()["message"]
-                break
-        assert "shells" in message
-        assert number > 16
-        assert api.run(box, "echo here", shell_name="s0")["stdout"] == "here\n"
-
-
 # -- SIGTERM
 
 
