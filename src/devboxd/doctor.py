@@ -20,7 +20,7 @@ from devboxd import probes
 from devboxd.budget import commands_within
 from devboxd.config import Settings
 from devboxd.devboxes.views import SIZES
-from devboxd.engine import cgroups, network, recipe
+from devboxd.engine import cgroups, network, recipe, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
 from devboxd.errors import SetupError
@@ -280,10 +280,10 @@ def _nftables() -> Check:
             "error",
             f"the kernel refuses the rules: {problem}",
             "there is no wall around the boxes' network",
-            "load the modules nf_tables, nft_fib_inet, nft_masq and nft_ct, or use a kernel of a distribution",
+            "load nf_tables, nft_fib_inet, nft_masq, nft_ct and nft_connlimit, or use a kernel of a distribution",
         )
-    wall = "boxes reach neither this host, nor each other, nor metadata services"
-    return Check(name, "ok", "the kernel takes the rules", wall)
+    stands = "boxes reach neither this host, nor each other, nor metadata services"
+    return Check(name, "ok", "the kernel takes the rules", stands)
 
 
 def _loop() -> Check:
@@ -345,12 +345,12 @@ def _processes() -> Check:
 
 
 _CURES: dict[str, str] = {
-    "Docker": f"iptables -I DOCKER-USER -i {network.PREFIX}+ -j ACCEPT; "
-    f"iptables -I DOCKER-USER -o {network.PREFIX}+ -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT "
+    "Docker": f"iptables -I DOCKER-USER -i {wall.PREFIX}+ -j ACCEPT; "
+    f"iptables -I DOCKER-USER -o {wall.PREFIX}+ -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT "
     "(and once more after each start of Docker)",
     "ufw": f"ufw route allow from {_POOLS}",
     "firewalld": f"firewall-cmd --permanent --zone=trusted --add-source={_POOLS} && firewall-cmd --reload",
-    "": f"let it accept forwarded packets from interfaces {network.PREFIX}*, and answers to them",
+    "": f"let it accept forwarded packets from interfaces {wall.PREFIX}*, and answers to them",
 }
 
 

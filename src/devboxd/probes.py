@@ -19,7 +19,7 @@ from pathlib import Path
 
 from devboxd.engine import linux, rootfs
 from devboxd.engine.instance import IDS_PER_BOX, Instance
-from devboxd.engine.network import ruleset
+from devboxd.engine.wall import ruleset
 
 _SECONDS = 10
 _FIRST_ID = 1 << 29

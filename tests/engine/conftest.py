@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from devboxd.engine.base import Image
 from devboxd.engine.images import Images
 from devboxd.engine.oci import OciEngine
 from support.engine import Box, Host
+from support.world import World
 
 PROBE = Path(__file__).with_name("probe.c")
 
@@ -74,3 +76,15 @@ async def shared(image: Image, runtime: str, tmp_path_factory: pytest.TempPathFa
     finally:
         await host.destroy_all()
         await host.close()
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def world(tmp_path: Path, stack: contextlib.ExitStack) -> World:
+    """A host with a network of its own."""
+    return World(tmp_path, stack)

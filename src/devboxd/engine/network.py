@@ -1,34 +1,30 @@
 """The network of boxes: each in a namespace of its own with one routed link to the host, and a wall in nftables.
 
 Nothing is bridged. A box has one address, one neighbour (a gateway address that belongs to nobody) and a default route
-to it; both sides know the other's hardware address from the start, so no ARP is needed and all of it is dropped. Boxes
-have no IPv6 but on their loopback. One nftables table per server holds the whole wall for all slots at once: which
-address may come out of which link, and where it may go. So making a box changes no rule, and a restarted server puts
-the same rules in force in one transaction while connections go on.
+to it; both sides know the other's hardware address from the start, so no ARP is needed and the host's end has none.
+Boxes have no IPv6 but on their loopback. One nftables table per server holds the whole wall for all slots at once (see
+`wall`): which address may come out of which link, and where it may go. So making a box changes no rule, and a restarted
+server puts the same rules in force in one transaction while connections go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from devboxd.config import Settings
-from devboxd.engine import dns
+from devboxd.engine import dns, wall
 from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.instance import Instance
 from devboxd.engine.netns import inside
+from devboxd.engine.nettools import ip
 from devboxd.errors import SetupError
 
-PREFIX = "dbx"
-"""All links of all servers begin with this; the instance's id and the slot's index follow."""
 GATEWAY = "169.254.1.1"
 DENIED = ("169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32")
 """Where the metadata services of clouds live; no box ever reaches them."""
@@ -54,9 +50,9 @@ class Network:
         """Raises SetupError when deny_cidrs, allow_endpoints or dns_servers do not have the form that they need."""
         self._settings = settings
         self._instance = instance
-        self._prefix = PREFIX + instance.id
-        self._denied = denied(settings)
-        self._endpoints = endpoints(settings.allow_endpoints)
+        self._prefix = wall.PREFIX + instance.id
+        allowed = endpoints(settings.allow_endpoints)
+        self._wall = wall.Wall(instance, wall.ruleset(instance, denied(settings), allowed))
         self._forwarders: dict[int, dns.Forwarder] = {}
         for server in settings.dns_servers:
             if not dns.is_address(server):
@@ -66,16 +62,15 @@ class Network:
     async def open(self) -> None:
         """Put the wall in force and let this host forward packets. Raises EngineError when the machine refuses."""
         self._records.mkdir(mode=0o700, exist_ok=True)
-        rules = ruleset(self._instance, self._denied, self._endpoints)
-        await finished(lambda: _load(rules))
+        await self._wall.open()
+        await finished(_forward_packets)
 
     async def close(self) -> None:
         """End the forwarders; the wall stays for as long as a link does."""
         for forwarder in self._forwarders.values():
             await forwarder.close()
         self._forwarders.clear()
-        if not self._links():
-            await finished(lambda: _nft(_removal(self._instance.id)))
+        await self._wall.close(remove=not self._links())
 
     async def attach(self, index: int, netns: Path) -> Link:
         """Connect the empty namespace bound to the file `netns`; what the slot had before is removed.
@@ -85,7 +80,7 @@ class Network:
         link = self._link(index)
         await self.detach(index)
         try:
-            await finished(lambda: _connect(link, netns))
+            await finished(lambda: _connect(link, netns, wall.routes(self._instance)))
             if not direct_servers(self._settings):
                 await self._forward(index, netns)
         except BaseException as error:
@@ -162,75 +157,7 @@ def denied(settings: Settings) -> list[ipaddress.IPv4Network]:
     return [*map(ipaddress.IPv4Network, DENIED), *networks(settings.deny_cidrs)]
 
 
-def ruleset(
-    instance: Instance,
-    forbidden: Iterable[ipaddress.IPv4Network],
-    allowed: Iterable[tuple[ipaddress.IPv4Address, int]],
-) -> str:
-    """The wall as text for `nft -f`, which replaces an older one of this instance in one transaction."""
-    links = f'iifname "{PREFIX}{instance.id}*"'
-    back = f'oifname "{PREFIX}{instance.id}*"'
-    boxes = ", ".join(f'"{PREFIX}{instance.id}{n}" . {instance.address(n)}' for n in range(instance.slots))
-    exceptions = ", ".join(f"{address} . {port}" for address, port in allowed)
-    nowhere = ", ".join(map(str, [instance.subnet, *forbidden]))
-    return f"""{_removal(instance.id)}
-table inet devboxd_{instance.id} {{
-  set boxes {{ type ifname . ipv4_addr; elements = {{ {boxes} }} }}
-  set denied {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {nowhere} }} }}
-  set endpoints {{ type ipv4_addr . inet_service; {f"elements = {{ {exceptions} }}" if exceptions else ""} }}
-
-  # Before connection tracking and before any address translation of other programs.
-  chain prerouting {{
-    type filter hook prerouting priority raw - 10; policy accept
-    {links} jump from_box
-  }}
-  chain from_box {{
-    meta nfproto != ipv4 drop
-    iifname . ip saddr != @boxes drop
-    ip daddr . tcp dport @endpoints accept
-    ip daddr @denied drop
-    fib daddr type {{ local, broadcast, anycast, multicast }} drop
-  }}
-  # Again after address translation: what looked like another host may lead to this one now.
-  chain input {{
-    type filter hook input priority filter - 10; policy accept
-    {links} ip daddr . tcp dport @endpoints accept
-    {links} drop
-  }}
-  chain forward {{
-    type filter hook forward priority filter - 10; policy accept
-    tcp flags syn {links} tcp option maxseg size set rt mtu
-    tcp flags syn {back} tcp option maxseg size set rt mtu
-    {links} oifname "{PREFIX}*" drop
-    # What belongs to no connection would leave with the box's own address, because nothing translates it.
-    {links} ct state invalid drop
-    {links} ip daddr . tcp dport @endpoints accept
-    {links} ip daddr @denied drop
-    {back} ct state established,related accept
-    {back} drop
-  }}
-  chain postrouting {{
-    type nat hook postrouting priority srcnat; policy accept
-    ip saddr {instance.subnet} oifname != "{PREFIX}*" masquerade
-  }}
-}}
-table arp devboxd_{instance.id} {{
-  chain input {{
-    type filter hook input priority filter; policy accept
-    {links} drop
-  }}
-}}
-"""
-
-
-def _removal(instance_id: str) -> str:
-    """Delete the tables of an instance; adding them first makes that succeed when there are none."""
-    tables = [f"{family} devboxd_{instance_id}" for family in ("inet", "arp")]
-    return "\n".join(f"table {table} {{}}\ndelete table {table}" for table in tables) + "\n"
-
-
-def _load(rules: str) -> None:
-    _nft(rules)
+def _forward_packets() -> None:
     forwarding = _SYS / "ipv4/ip_forward"
     try:
         # Writing the same value again would reset other settings of the kernel.
@@ -240,19 +167,20 @@ def _load(rules: str) -> None:
         raise EngineError(f"cannot let this host forward packets of boxes: {forwarding}: {error}") from error
 
 
-def _connect(link: Link, netns: Path) -> None:
-    _ip(
+def _connect(link: Link, netns: Path, routes: int) -> None:
+    ip(
         f"link add {link.interface} address {_GATEWAY_MAC} type veth peer name eth0 address {_BOX_MAC} netns {netns}",
-        f"link set {link.interface} addrgenmode none",
+        f"link set {link.interface} arp off addrgenmode none",
     )
     _set(f"ipv4/conf/{link.interface}/route_localnet", "0")
     _set(f"ipv4/conf/{link.interface}/rp_filter", "1")
+    _set(f"ipv4/conf/{link.interface}/src_valid_mark", "1")
     _set(f"ipv6/conf/{link.interface}/accept_ra", "0")
     _set(f"ipv6/conf/{link.interface}/disable_ipv6", "1")
-    _ip(
+    ip(
         f"link set {link.interface} up",
         f"neigh replace {link.address} lladdr {_BOX_MAC} dev {link.interface} nud permanent",
-        f"route replace {link.address}/32 dev {link.interface}",
+        f"route replace {link.address}/32 dev {link.interface} table {routes}",
     )
     inside(netns, lambda: _configure(link))
 
@@ -264,7 +192,7 @@ def _configure(link: Link) -> None:
     _set("ipv6/conf/eth0/disable_ipv6", "1")
     _set("ipv4/ping_group_range", "0\t2147483647")
     _set("ipv4/ip_unprivileged_port_start", "0")
-    _ip(
+    ip(
         "link set lo up",
         f"addr add {link.address}/32 dev eth0",
         "link set eth0 up",
@@ -289,29 +217,11 @@ def _disconnect(interfaces: Iterable[str]) -> None:
     if not commands:
         return
     try:
-        _ip(*commands, force=True)
+        ip(*commands, force=True)
     except EngineError:
         # A link also vanishes by itself when its namespace does; only one that is still there is an error.
         if present & {name for _, name in socket.if_nameindex()} & {command.split()[-1] for command in commands}:
             raise
-
-
-def _ip(*commands: str, force: bool = False) -> None:
-    _tool("ip", "iproute2", [*(["-force"] if force else []), "-batch", "-"], "\n".join(commands) + "\n")
-
-
-def _nft(rules: str) -> None:
-    _tool("nft", "nftables", ["-f", "-"], rules)
-
-
-def _tool(name: str, package: str, arguments: list[str], text: str) -> None:
-    program = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if program is None:
-        raise EngineError(f"cannot set up the network: {name} is missing; install the package {package}")
-    done = subprocess.run([program, *arguments], input=text, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        said = "; ".join(done.stderr.strip().splitlines()[:3])
-        raise EngineError(f"cannot set up the network: {name} said: {said}; `devboxd doctor` shows what is missing")
 
 
 def networks(texts: Iterable[str]) -> list[ipaddress.IPv4Network]:
