@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from devboxd.engine.netns import inside
 from support.api import Api
 from support.server import Server
 
 pytestmark = pytest.mark.box
+
+
+def addresses_of_the_host() -> set[str]:
+    """Every address of this machine but those of its loopback."""
+    found = re.findall(r"^.*?\|-- ([\d.]+)\n\s+/32 host LOCAL$", Path("/proc/net/fib_trie").read_text(), re.M)
+    return {address for address in found if not address.startswith("127.")}
 
 
 def reaches(api: Api, box: str, host: str, port: int) -> bool:
@@ -23,8 +33,7 @@ def reaches(api: Api, box: str, host: str, port: int) -> bool:
 
 
 def test_a_devbox_reaches_neither_the_server_nor_the_host(api: Api, box: str, server: Server) -> None:
-    addresses = re.findall(r"^.*?\|-- ([\d.]+)\n\s+/32 host LOCAL$", Path("/proc/net/fib_trie").read_text(), re.M)
-    own = {address for address in addresses if not address.startswith("127.")}
+    own = addresses_of_the_host()
     gateway = api.output(box, "ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'").strip()
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
@@ -74,3 +83,44 @@ def test_a_devbox_knows_nothing_of_its_host(api: Api, box: str) -> None:
     assert api.output(box, "hostname").startswith("devbox-")
     assert api.output(box, "sudo cat /proc/1/cmdline | tr -d '\\0'") == "/run/devboxd/init"
     assert "devboxd-test" not in api.output(box, "cat /proc/mounts | grep -v ' / '")
+
+
+def test_without_its_network_wall_a_devbox_reaches_nothing_until_it_is_up_again(own_server: Server) -> None:
+    """An operator deletes the table while the server is stopped, so that it cannot answer; then it goes on."""
+    with own_server.api() as api, socket.create_server(("0.0.0.0", 0)) as listener:
+        box, other = api.create(), api.create()
+        inside_box = Path(f"/proc/{own_server.agent(box)}/ns/net")
+        gateway = api.output(box, "ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p'").strip()
+        address = api.output(other, "ip -4 -o addr show scope global | awk '{print $4}' | cut -d/ -f1").strip()
+        link = api.output(box, "cat /sys/class/net/eth0/iflink").strip()
+        (name,) = [name for index, name in socket.if_nameindex() if str(index) == link]
+        table = f"devboxd_{name[3]}"
+        own = addresses_of_the_host()
+        os.kill(own_server.pid, signal.SIGSTOP)
+        try:
+            subprocess.run(["nft", "delete", "table", "inet", table], check=True)
+            for target in (*own, gateway, address):
+                for port in (listener.getsockname()[1], own_server.port):
+                    assert not answers(inside_box, target, port), target
+        finally:
+            os.kill(own_server.pid, signal.SIGCONT)
+        api.output(box, "true")
+        while subprocess.run(["nft", "list", "table", "inet", table], capture_output=True, check=False).returncode:
+            pass  # ends when the table is there again; the time limit of tests bounds it
+        assert "changed the network wall" in own_server.log.read_text()
+        assert not answers(inside_box, min(own), listener.getsockname()[1])
+
+
+def answers(netns: Path, host: str, port: int) -> bool:
+    """Whether a TCP connection out of a network namespace is answered, by a welcome or a refusal."""
+
+    def connect() -> bool:
+        try:
+            socket.create_connection((host, port), 1).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    return inside(netns, connect)

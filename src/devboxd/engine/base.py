@@ -21,7 +21,7 @@ class Resources:
 
     cpu_cores: float
     memory_bytes: int
-    pids: int = 4096
+    pids: int = 1024
 
 
 @dataclass(frozen=True)
