@@ -48,7 +48,7 @@ def _processes() -> Iterator[tuple[int, str]]:
 
 
 def _named(instance: str) -> Iterator[tuple[str, str]]:
-    """Cgroups of boxes, links and tables whose names carry the id of the instance.
+    """Cgroups of boxes, links, tables and rules whose names carry the id of the instance.
 
     The server cannot remove the cgroup in which it ended itself; an empty one costs nothing and is used again.
     """
@@ -59,3 +59,6 @@ def _named(instance: str) -> Iterator[tuple[str, str]]:
     yield from (("link", name) for name in os.listdir("/sys/class/net") if links.fullmatch(name))
     tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, timeout=30, check=False)
     yield from (("table", line) for line in tables.stdout.splitlines() if line.endswith(f" devboxd_{instance}"))
+    rules = subprocess.run(["ip", "rule", "list"], capture_output=True, text=True, timeout=30, check=False)
+    routes = f"lookup {0xDB00 + ord(instance)}"
+    yield from (("rule", line) for line in rules.stdout.splitlines() if line.endswith(routes))
