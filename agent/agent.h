@@ -112,7 +112,8 @@ struct slot {
 struct helper {
     bool used;
     pid_t pid;                 /* 0 once it was reaped */
-    bool waits;                /* it waits for our byte, which says that its descriptor was delivered */
+    bool waits;                /* it waits for our byte, without which it removes its temporary file */
+    bool guards;               /* ... and has delivered its descriptor */
     struct watch report;
     struct answer answer;
     uint64_t deadline;
@@ -221,6 +222,7 @@ uint64_t helpers_next(void);
 void helpers_forget(void);
 bool helpers_flush(void);
 bool helper_reaped(pid_t pid);
+void helpers_release(struct text temporary);
 
 /* files.c, ports.c, pty.c, shell.c */
 void handle_files(const struct request *q);

@@ -207,8 +207,9 @@ static void write_file(char *path, uint32_t mode) {
         finish(STAGE_OPEN, error);
     }
     char told;
-    bool delivered = report_send(CHANNEL_FD, &report, &fd, 1) && recv(CHANNEL_FD, &told, 1, 0) == 1;
-    if (!delivered) unlink(report.u.paths.temporary);
+    bool delivered = report_send(CHANNEL_FD, &report, &fd, 1);
+    close(fd); /* who executes the file must not find it open for writing */
+    if (!delivered || recv(CHANNEL_FD, &told, 1, 0) != 1) unlink(report.u.paths.temporary);
 }
 
 static void files_body(const struct request *q, int channel, int unused) {
@@ -229,4 +230,7 @@ static void files_body(const struct request *q, int channel, int unused) {
     finish(STAGE_NONE, 0);
 }
 
-void handle_files(const struct request *q) { helper_start(q, q->tag, q->deadline, files_body, -1); }
+void handle_files(const struct request *q) {
+    if (q->verb == RENAME || q->verb == UNLINK) helpers_release(q->path);
+    helper_start(q, q->tag, q->deadline, files_body, -1);
+}

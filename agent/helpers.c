@@ -11,11 +11,25 @@
 #include <unistd.h>
 
 enum { DEADLINE_LEAST = 10, DEADLINE_MOST = 600000 };
+enum { GUARDS_MAX = HELPERS_MAX / 2 }; /* the others are for requests */
 
 static struct helper helpers[HELPERS_MAX];
+static int guards;
 
-/* Sends what is owed and lets go of what is over. A helper that waits hears that its descriptor was delivered, or, by
- * the end of the socket, that it was not. */
+/* The helper may keep its temporary file; the end of its socket without a word tells it to remove the file. */
+static void helper_tell(struct helper *h) { send(h->report.fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL); }
+
+/* Its descriptor was delivered: it stays and removes the temporary file if the server dies before it is renamed. */
+static void guard_begin(struct helper *h) {
+    if (guards == GUARDS_MAX) {
+        helper_tell(h);
+        return;
+    }
+    h->guards = true;
+    guards++;
+}
+
+/* Sends what is owed and lets go of what is over. */
 static void helper_settle(struct helper *h) {
     bool owed = h->answer.tag != 0;
     if (!answer_send(&h->answer)) {
@@ -23,12 +37,30 @@ static void helper_settle(struct helper *h) {
         return;
     }
     if (h->answer.tag) return;
-    if (owed && h->waits && connection_ready()) send(h->report.fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (h->deadline == UINT64_MAX) watch_close(&h->report);
     close_fd(&h->answer.fd);
+    if (owed && h->waits && connection_ready()) guard_begin(h);
+    if (h->guards) return;
+    if (h->deadline == UINT64_MAX) watch_close(&h->report);
     free(h->kept);
     h->kept = NULL;
     if (!h->pid && h->report.fd < 0) h->used = false;
+}
+
+static void guard_end(struct helper *h) {
+    h->guards = false;
+    guards--;
+    helper_settle(h);
+}
+
+/* The server renames the file itself from here on, or gives it up. */
+void helpers_release(struct text temporary) {
+    for (int i = 0; i < HELPERS_MAX; i++) {
+        struct helper *h = &helpers[i];
+        const char *path = h->guards ? h->kept->u.paths.temporary : "";
+        if (!h->guards || strlen(path) != temporary.length || memcmp(path, temporary.bytes, temporary.length)) continue;
+        helper_tell(h);
+        guard_end(h);
+    }
 }
 
 /* The plain ending: the report is the answer. Takes the descriptor. */
@@ -76,7 +108,8 @@ static void helper_ready(struct watch *w, uint32_t events) {
     (void)events;
     int n = report_receive(w->fd, &r, fds, &count);
     if (n < 0) return;
-    if (h->deadline == UINT64_MAX) watch_close(w); /* it said all it had to say */
+    if (h->guards) guard_end(h); /* somebody in the box killed it */
+    else if (h->deadline == UINT64_MAX) watch_close(w); /* it said all it had to say */
     else if (n == 0) helper_failed(h, STAGE_OPEN, ECANCELED); /* it was killed */
     else helper_done(h, &r, fds);
 }
@@ -153,6 +186,7 @@ uint64_t helpers_next(void) {
 void helpers_forget(void) {
     for (int i = 0; i < HELPERS_MAX; i++) {
         struct helper *h = &helpers[i];
+        if (h->guards) guard_end(h);
         if (!h->used || !h->answer.tag) continue;
         h->answer.tag = 0;
         watch_close(&h->report);

@@ -220,6 +220,37 @@ async def test_a_lost_server_leaves_no_temporary_file(box):
     await second.until(lambda: holds(second, ""))
 
 
+async def test_a_server_that_is_lost_before_the_rename_leaves_no_temporary_file(box):
+    first = await box.session()
+    await put(first, "/tmp/kept", b"old")
+    targets = [await first.client.write("root", "/tmp/kept"), await first.client.write("nobody", "/tmp/new")]
+    for target in targets:
+        os.write(target.fd, b"half of the")
+        os.close(target.fd)
+    await first.client.close()
+    second = await box.session()
+    await second.until(lambda: holds(second, "kept\n"))
+    assert await content(second, "/tmp/kept") == b"old"
+
+
+async def test_what_was_renamed_or_is_executed_outlives_the_server(box):
+    first = await box.session()
+    await put(first, "/tmp/program", b"#!/bin/bash\necho ran\n", mode=0o755)
+    assert await bash(first, "/tmp/program") == "ran\n", "nobody has it open for writing"
+    await first.client.close()
+    second = await box.session()
+    assert await content(second, "/tmp/program") == b"#!/bin/bash\necho ran\n"
+
+
+async def test_more_files_than_are_looked_after_are_written_all_the_same(session):
+    targets = [await session.client.write("root", f"/tmp/{n:02}") for n in range(40)]
+    for target in targets:
+        os.close(target.fd)
+        await session.client.rename("root", target.temporary, target.target)
+    assert await holds(session, "".join(f"{n:02}\n" for n in range(40)))
+    assert await content(session, "/tmp/39") == b""
+
+
 async def test_many_at_once_are_bounded_but_answered(session):
     await put(session, "/tmp/file", b"x")
     results = await asyncio.gather(

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 
-from devboxd.agent.client import AgentClosedError, AgentError
+from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
 from devboxd.agent.protocol import Stage
 from devboxd.engine.blocking import finished
 from devboxd.errors import ApiError, bad_request, conflict, not_found
@@ -99,7 +99,8 @@ class Files:
         _check(path)
         who = user or box.user
         try:
-            target = await box.agent.write(who, path, _MODE)
+            agent = box.agent  # it removes the temporary file when this connection ends
+            target = await agent.write(who, path, _MODE)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "write", path) from error
         digest, size = hashlib.sha256(), 0
@@ -113,21 +114,21 @@ class Files:
             finally:
                 await finished(partial(os.close, target.fd))
             if not done:
-                await box.agent.rename(who, target.temporary, target.target)
+                await agent.rename(who, target.temporary, target.target)
                 done = True
         except (AgentError, OSError) as error:
             raise _explained(error, "write", path) from error
         finally:
             if not done:
-                await _unlink(box, who, target.temporary)
+                await _unlink(agent, who, target.temporary)
         return Written(size, digest.hexdigest())
 
 
-async def _unlink(box: Box, user: str, path: bytes) -> None:
+async def _unlink(agent: AgentClient, user: str, path: bytes) -> None:
     try:
-        await asyncio.shield(box.agent.unlink(user, path))
+        await asyncio.shield(agent.unlink(user, path))
     except (AgentError, AgentClosedError):
-        return  # the box is gone, and its disk with it
+        return  # the agent removes it itself, or its box is gone with its disk
 
 
 async def _write(descriptor: int, pipe: bool, data: bytes) -> None:
