@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,19 @@ import pytest
 from support.api import Api
 from support.server import Server
 
+_SEED = "CRASH_SEED"
+"""Names the seed of tests that vary moments by chance; workers inherit it."""
 _MAKES_BOXES = {"server", "own_server", "box", "api"}
+
+
+def pytest_configure() -> None:
+    """A new seed each run, unless one is to be repeated."""
+    os.environ.setdefault(_SEED, str(secrets.randbits(32)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how to repeat this run."""
+    terminalreporter.write_line(f"{_SEED}={os.environ[_SEED]} repeats the moments that this run chose by chance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,7 +166,9 @@ async def _start(
     await engine.open()
     stack.push_async_callback(engine.close)
     stack.push_async_callback(devboxes.close)
-    await devboxes.open(image, _rebooted(settings.state / "boot-id"))
+    boot = settings.state / "boot-id"
+    await devboxes.open(image, _rebooted(boot))
+    _remember_boot(boot)
     ready.state = None
     systemd.notify("READY=1")
     _log.info("ready", url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
@@ -197,7 +199,11 @@ async def _listening(
 
 def _rebooted(path: Path) -> bool:
     """Whether the machine was started anew since a server last used this state folder."""
-    now = _BOOT_ID.read_text().strip()
-    before = path.read_text().strip() if path.exists() else now
-    path.write_text(now + "\n")
-    return now != before
+    return path.exists() and path.read_text() != _BOOT_ID.read_text()
+
+
+def _remember_boot(path: Path) -> None:
+    """Note this run of the machine, once every devbox that ended with the last one says so."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(_BOOT_ID.read_text())
+    temporary.replace(path)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
+from support.api import Api
+from support.leftovers import leftovers, remove_all
+from support.reader import Reader
+from support.runtime import Runtime
 from support.server import Server
 
 pytestmark = pytest.mark.box
@@ -39,35 +45,118 @@ def test_after_the_retention_executions_and_journals_are_gone() -> None:
 
 
 def test_a_box_whose_first_process_died_says_so(own_server: Server) -> None:
+    """All that its commands wrote stays readable, whoever waits is told, and its neighbour notices nothing."""
     with own_server.api() as api:
-        box = api.create()
-        execution = api.start(box, "echo before; sleep 80")
-        with api.stream(box, execution) as events:
-            next(events)
-        (pid,) = first_processes(own_server)
-        os.kill(pid, signal.SIGKILL)
+        box, neighbour = api.create(), api.create()
+        done = api.run(box, "echo done; exit 3")["execution_id"]
+        execution = api.start(box, "cat; sleep 80", attach_stdin=True)
+        assert api.send(box, execution, "before\n")
+        shell = [api.start(box, command, shell_name="work") for command in ("echo first; sleep 80", "echo never")]
+        reader = Reader(own_server, box, execution).until(lambda r: r.text == "before\n")
+        Reader(own_server, box, shell[0]).until(lambda r: r.text == "first\n")
+        os.kill(own_server.agent(box), signal.SIGKILL)
         view = api.wait_box(box, "failure")
         assert view["failure_reason"] == "execution_failed"
-        assert "first process" in view["state_transitions"][-1]["failure_reason"]
-        ended = api.wait(box, execution)
-        assert (ended["exit_status"], ended["stdout"]) == (137, "before\n")
+        assert "its first process ended with status 137" in view["state_transitions"][-1]["failure_reason"]
+        assert (reader.wait(), reader.text) == ("clean", "before\n")
+        assert api.send(box, execution, "after\n") is False
+        assert "ended" in api.refused("POST", f"/v1/devboxes/{box}/execute_async", 400, {"command": "true"})
+        own_server.restart()
+    with own_server.api() as api:
+        assert _outcomes(api, box, [done, execution, *shell]) == [
+            (3, "done\n"), (137, "before\n"), (137, "first\n"), (137, "")
+        ]  # fmt: skip
+        assert api.streamed(box, execution) == "before\n"
+        assert api.output(neighbour, "echo on") == "on\n"
+
+
+def test_a_box_whose_first_process_died_while_the_server_was_down_says_so(own_server: Server) -> None:
+    with own_server.api() as api:
+        box, neighbour = api.create(), api.create()
+        execution = api.start(box, "echo before; sleep 80")
+        Reader(own_server, box, execution).until(lambda r: r.text == "before\n")
+    agent = own_server.agent(box)
+    own_server.kill()
+    os.kill(agent, signal.SIGKILL)
+    own_server.start()
+    with own_server.api() as api:
+        reason = api.wait_box(box, "failure")["state_transitions"][-1]["failure_reason"]
+        assert reason == "its first process ended while the server was down"
+        assert _outcomes(api, box, [execution]) == [(137, "before\n")]
+        assert api.output(neighbour, "echo on") == "on\n"
+
+
+def test_a_box_whose_runtime_is_killed_in_the_middle_of_its_making_says_so(tmp_path: Path) -> None:
+    runtime = Runtime("crun", tmp_path)
+    server = Server(runtime=str(runtime.path))
+    try:
+        with server.start().api() as api:
+            runtime.plan(0.004)
+            box = api.call("POST", "/v1/devboxes")["id"]
+            view = api.wait_box(box, "failure")
+            assert view["failure_reason"] == "health_check_failed"
+            assert "was ended by signal 9" in view["state_transitions"][-1]["failure_reason"]
+            runtime.plan("whole")
+            assert api.output(api.create(), "echo whole") == "whole\n"
+    finally:
+        server.stop()
+
+
+def _outcomes(api: Api, box: str, executions: list[str]) -> list[tuple[int, str]]:
+    views = [api.wait(box, execution) for execution in executions]
+    return [(view["exit_status"], view["stdout"]) for view in views]
+
+
+def _restart_the_machine(server: Server) -> None:
+    """Simulated: everything of a killed server is gone from the machine but its state, which knows another run."""
+    pids = first_processes(server)
+    server.kill()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    remove_all(server.state)
+    assert leftovers(server.state) == []
+    for path in server.state.glob("boxes/*/box.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"boot": "another run"}))
+    (server.state / "boot-id").write_text("another run\n")
+
+
+def _found(server: Server) -> list[tuple[int, int, bool]]:
+    """What each start said about devboxes of earlier servers: living, ended meanwhile, and whether by a reboot."""
+    lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    found = [line for line in lines if line["event"] == "devboxes of an earlier server"]
+    return [(line["live"], line["ended_meanwhile"], line["host_was_restarted"]) for line in found]
 
 
 def test_a_reboot_of_the_host_fails_its_boxes_with_that_reason(own_server: Server) -> None:
-    """Simulated: no box lives any more, and the state folder remembers another run of the machine."""
     with own_server.api() as api:
+        ended = api.create()
+        kept = api.run(ended, "echo kept")["execution_id"]
+        api.shutdown(ended)
         box = api.create()
-        execution = api.start(box, "echo before; sleep 81")
-        with api.stream(box, execution) as events:
-            next(events)
-        pids = first_processes(own_server)
-        own_server.kill()
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        (own_server.state / "boot-id").write_text("another run\n")
-        own_server.start()
-        view = api.wait_box(box, "failure")
-        assert "restarted" in view["state_transitions"][-1]["failure_reason"]
-        ended = api.wait(box, execution)
-        assert (ended["exit_status"], ended["stdout"]) == (137, "before\n")
+        done = api.run(box, "echo done; exit 3")["execution_id"]
+        execution = api.start(box, "cat; sleep 81", attach_stdin=True)
+        assert api.send(box, execution, "before\n")
+        shell = [api.start(box, command, shell_name="work") for command in ("echo first; sleep 81", "echo never")]
+        Reader(own_server, box, execution).until(lambda r: r.text == "before\n")
+        Reader(own_server, box, shell[0]).until(lambda r: r.text == "first\n")
+        launching = api.call("POST", "/v1/devboxes", {"launch_parameters": {"launch_commands": ["sleep 82"]}})["id"]
+        api.wait_box(launching, "initializing")
+    _restart_the_machine(own_server)
+    own_server.launch()
+    deadline = time.monotonic() + 60
+    while (own_server.state / "boot-id").read_text() == "another run\n":
+        assert time.monotonic() < deadline, own_server.tail()
+    own_server.restart()  # killed as soon as it took note: whatever it did not finish is finished now
+    with own_server.api() as api:
+        for one in (box, launching):
+            view = api.wait_box(one, "failure")
+            assert view["failure_reason"] == "execution_failed"
+            reason = view["state_transitions"][-1]["failure_reason"]
+            assert reason == "the host was restarted and the devbox ended with it"
+        assert _outcomes(api, box, [done, execution, *shell]) == [
+            (3, "done\n"), (137, "before\n"), (137, "first\n"), (137, "")
+        ]  # fmt: skip
+        assert (api.box(ended)["status"], _outcomes(api, ended, [kept])) == ("shutdown", [(0, "kept\n")])
         assert api.output(api.create(), "echo fresh") == "fresh\n"
+    assert list((own_server.state / "disks").glob(box)) == [], "its disk is freed"
+    assert _found(own_server) == [(0, 0, False), (0, 2, True), (0, 0, False)]

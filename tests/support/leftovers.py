@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,24 @@ def leftovers(state: Path) -> list[str]:
     if claim:
         found += [f"{kind} {name}" for kind, name in _named(claim.name)]
     return found
+
+
+def remove_all(state: Path) -> None:
+    """Take away all that a dead server and its dead boxes left, as a restart of the machine does."""
+    for point in [point for point in _mounts() if str(state) in point]:
+        subprocess.run(["umount", point], check=True)
+    if (claim := claim_of(state)) is None:
+        return
+    for kind, name in _named(claim.name):
+        if kind == "link":
+            subprocess.run(["ip", "link", "delete", name], check=False)  # it may go with its namespace meanwhile
+        if kind == "table":
+            subprocess.run(["nft", "delete", *name.split()], check=True)
+    for group in sorted(CGROUPS.glob(f"**/devboxd-{claim.name}/**/"), reverse=True):
+        while group.exists():  # the kernel lets go of the dead a moment later
+            with contextlib.suppress(OSError):
+                group.rmdir()
+    shutil.rmtree(claim)
 
 
 def claim_of(state: Path) -> Path | None:

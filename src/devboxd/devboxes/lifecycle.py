@@ -39,7 +39,7 @@ from devboxd.tasks import Tasks
 _log = structlog.get_logger()
 ENTRYPOINT = "devboxd.entrypoint"
 _BOOTS_AT_ONCE = 8
-_CLOCK_LOOK_S = 30.0
+_CLOCK_LOOK_S = 10.0
 _ATTACH_S = 20.0
 _ATTACH_PAUSE_S = 0.1
 _ATTACH_PAUSE_MAX_S = 2.0
@@ -114,6 +114,7 @@ class Devboxes:
         """Reconcile the store with the machine, then supervise every devbox that lives. New ones start from `image`."""
         self._image = image
         alive = await self._engine.boxes()
+        gone = 0
         for devbox in await self._store.read(rows.unfinished):
             life = self._lives[devbox.id] = Life(devbox)
             if devbox.status not in TERMINAL and devbox.status != Status.PROVISIONING and not alive.get(devbox.id):
@@ -121,10 +122,13 @@ class Devboxes:
                 if not rebooted:
                     text = "its first process ended while the server was down"
                 await self._happen(life, Event.BOX_ENDED, BoxFailure("execution_failed", text))
+                gone += 1
             await self._executions.adopt(self._box(devbox))  # before the first request asks for what ran
             self._begin(life)
         for box_id in alive.keys() - self._lives.keys():
             self._tasks.start(self._engine.destroy(box_id), f"remove {box_id}")
+        lives = sum(life.devbox.status not in TERMINAL for life in self._lives.values())
+        _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, host_was_restarted=rebooted)
         self._tasks.start(self._sweep(), "sweep")
 
     async def close(self) -> None:

@@ -244,8 +244,9 @@ class OciEngine:
             environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
             status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
         if status:
+            fate = f"was ended by signal {-status}" if status < 0 else f"said: {_last_words(folder)}"
             raise EngineError(
-                f"cannot start the box {box_id}: {Path(self._runtime).name} said: {_last_words(folder)}; "
+                f"cannot start the box {box_id}: {Path(self._runtime).name} {fate}; "
                 "`devboxd doctor` shows what this machine lacks"
             )
 

@@ -1,0 +1,32 @@
+"""An OCI runtime that is killed in the middle of its work: the real one behind a script that obeys a plan."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+_SCRIPT = """#!/bin/sh
+case " $* " in *" run "*) plan=$(cat {plan}) ;; *) plan=whole ;; esac
+case $plan in
+    whole) exec {real} "$@" ;;
+    before) ;;
+    after) {real} "$@" ;;
+    *) {real} "$@" & sleep "$plan"; kill -9 $! ;;
+esac
+kill -9 $$
+"""
+
+
+class Runtime:
+    """`path` is a setting; `plan` is what happens to the next boxes."""
+
+    def __init__(self, real: str, folder: Path) -> None:
+        self.path = folder / f"{real}-that-is-killed"
+        self._plan = folder / "plan"
+        self.path.write_text(_SCRIPT.format(real=shutil.which(real), plan=self._plan))
+        self.path.chmod(0o755)
+        self.plan("whole")
+
+    def plan(self, moment: str | float) -> None:
+        """`whole`: it does all its work; else it is killed `before` or `after` it, or so many seconds into it."""
+        self._plan.write_text(str(moment))
