@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check conformance bench
+.PHONY: help setup demo test check conformance bench crash
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
@@ -21,3 +21,6 @@ conformance: ## run the live tests of the official client 3.0.0 against a fresh 
 
 bench: ## measure the figures of SPECIFICATION.md and write them into it
 	@scripts/setup && .venv/bin/python scripts/bench.py
+
+crash: ## kill the server 200 times under load and compare every byte
+	@scripts/setup && CRASH_KILLS=$${CRASH_KILLS:-200} .venv/bin/pytest -s tests/test_crash.py

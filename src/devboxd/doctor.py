@@ -27,6 +27,7 @@ from devboxd.errors import SetupError
 
 Level = Literal["ok", "warning", "error"]
 _GIB = 1 << 30
+_LEAST_FREE = 1 << 20
 _POOLS = "198.18.0.0/15"
 _NETWORK_FILE_SYSTEMS = frozenset(
     (
@@ -54,9 +55,12 @@ def checks(settings: Settings) -> list[Check]:
     """Everything, in the order in which a person should read it."""
     root = os.geteuid() == 0
     found = [_root(root), *_tools(settings), _image(settings), *_settings(settings), _seccomp(settings)]
-    found += [_cgroups(), _namespaces(root), _state(settings), _space(settings)]
+    space = _space(settings)
+    found += [_cgroups(), _namespaces(root), _state(settings), space]
+    if root and space.level != "error":  # on a full disk nothing can be tried
+        found += [_disks(settings), _append_only(settings)]
     if root:
-        found += [_disks(settings), _append_only(settings), _nftables()]
+        found.append(_nftables())
     found += [_loop(), _memory(), _open_files(), _inotify(), _processes()]
     found += [*_neighbours(root), _selinux(), _names(settings), _lan(settings), _kernel(settings)]
     return found
@@ -238,6 +242,14 @@ def _state(settings: Settings) -> Check:
 
 def _space(settings: Settings) -> Check:
     free = shutil.disk_usage(probes.existing(settings.state)).free
+    if free < _LEAST_FREE:
+        return Check(
+            "Disk space",
+            "error",
+            f"the disk of {settings.state} is full: {free >> 10} KiB are free",
+            "the store cannot be written; boxes that live go on, and their commands wait where output has no room",
+            "free some space, then start again",
+        )
     found = f"{free / _GIB:.0f} GiB are free for {settings.state}"
     if free < 5 * _GIB:
         return Check("Disk space", "warning", found, "a few boxes fill it", "free some, or move the state folder")

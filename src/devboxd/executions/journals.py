@@ -78,6 +78,11 @@ class Journals:
             _append_only(err, True)
             yield out, err, opened("stdin", os.O_RDONLY) if stdin else None
 
+    def remove_spool(self, devbox_id: str, execution_id: str) -> None:
+        """Give the disk space of a stdin back, if there is one that nobody will read any more."""
+        with contextlib.suppress(OSError):
+            self.path(devbox_id, execution_id, "stdin").unlink()
+
     def append(self, devbox_id: str, execution_id: str, stream: Stream, data: bytes) -> None:
         """Add the server's own words (why a command could not start) to a journal."""
         descriptor = os.open(self._name(devbox_id, execution_id, stream), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)

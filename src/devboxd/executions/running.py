@@ -329,6 +329,8 @@ class Executions:
             if event.shell_died and running.row.shell_name is not None:
                 box.bashes.pop(shell_key(running.row.shell_name), None)
             await self._complete(box, running, event.status, event=event)
+        else:  # its end was stored by a server that died before it could say so
+            self._journals.remove_spool(box.id, event.key)
         try:
             await agent.ack(event.key)
         except (AgentError, AgentClosedError) as error:

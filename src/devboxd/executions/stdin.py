@@ -6,7 +6,6 @@ position; what was committed and not told is told when the agent is connected ag
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -75,8 +74,7 @@ class Stdin:
             if running.spool is not None:
                 running.spool.close()
                 running.spool = None
-            with contextlib.suppress(OSError):
-                self._journals.path(running.row.devbox_id, running.row.id, "stdin").unlink()
+            self._journals.remove_spool(running.row.devbox_id, running.row.id)
 
     async def _interrupt(self, box: Box, running: Running, once: Once) -> bool:
         try:

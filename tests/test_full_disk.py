@@ -1,0 +1,136 @@
+"""A disk that is full under the store, or under the journals: nothing confirmed is lost, and room is all it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from support.disk import Disk, small_disk
+from support.load import counted
+from support.reader import Reader
+from support.server import Server
+
+pytestmark = pytest.mark.box
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    with small_disk(64) as disk:
+        yield disk
+
+
+@pytest.fixture
+def server(disk: Disk) -> Iterator[Server]:
+    """A server whose whole state lies on the small disk."""
+    server = Server()
+    server.state = disk.folder / "state"
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def with_journals(disk: Disk) -> Iterator[Server]:
+    """A server whose journals alone lie on the small disk."""
+    server = Server()
+    server.state.mkdir(mode=0o700)
+    (disk.folder / "journals").mkdir()
+    (server.state / "journals").symlink_to(disk.folder / "journals")
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def _until_logged(server: Server, event: str) -> None:
+    """Wait until the server says this; nothing else tells that it tries again by itself."""
+    deadline = time.monotonic() + 30
+    while event not in server.log.read_text():
+        assert time.monotonic() < deadline, f"{event!r} was never said: {server.tail()}"
+        time.sleep(0.02)
+
+
+def test_a_full_disk_under_the_store_refuses_in_words_and_needs_room_alone(server: Server, disk: Disk) -> None:
+    with server.api() as api:
+        box = api.create()
+        path = f"/v1/devboxes/{box}"
+        fed = api.start(box, "cat; exit 3", attach_stdin=True)
+        assert api.send(box, fed, "before\n")
+        ends = api.start(box, "until [ -e /dev/shm/go ]; do sleep 0.02; done; exit 7")
+        Reader(server, box, fed).until(lambda r: r.text == "before\n")
+        disk.fill()
+        for where, body in {
+            "/v1/devboxes": {"name": "no room"},
+            f"{path}/execute_async": {"command": "echo no room >> log"},
+            f"{path}/executions/{fed}/send_std_in": {"text": "no room\n"},
+            f"{path}/shutdown": None,
+            path: {"name": "no room"},
+        }.items():
+            answer = api.http.post(where, json=body)
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "true"), f"{where}: {answer.text}"
+            assert "full" in api.refused("POST", where, 503, body)
+        file = {"file_path": "file", "contents": "no room"}
+        assert "disk is full" in api.refused("POST", f"{path}/write_file_contents", 507, file)
+        api.write(box, "/dev/shm/go", "")
+        _until_logged(server, "cannot store what an execution does; trying again")
+        assert api.execution(box, fed)["stdout"] == "before\n", "what needs no room is answered"
+        assert [view["name"] for view in api.boxes()] == [None]
+        disk.free()
+        assert api.wait(box, ends)["exit_status"] == 7
+        assert api.send(box, fed, "after\n")
+        assert api.send(box, fed, signal="EOF")
+        view = api.wait(box, fed)
+        assert (view["exit_status"], view["stdout"]) == (3, "before\nafter\n")
+        assert api.run(box, "test ! -e log")["exit_status"] == 0, "what was refused did not happen"
+
+
+def test_a_start_on_a_full_disk_says_so_and_loses_nothing(server: Server, disk: Disk) -> None:
+    with server.api() as api:
+        box = api.create()
+        execution = api.start(box, "echo first; read line; echo $line; exit 5", attach_stdin=True)
+        assert api.send(box, execution, "confirmed\n")
+    disk.fill()
+    server.kill()
+    command = [server.program, "serve", "--port", str(server.port), "--state", server.state]
+    refused = subprocess.run(command, capture_output=True, text=True, env=server.environment(), timeout=60, check=False)
+    assert refused.returncode == 2
+    assert f"cannot serve: Disk space: the disk of {server.state} is full" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1, refused.stderr
+    disk.free()
+    server.start()
+    with server.api() as api:
+        assert api.box(box)["status"] == "running"
+        view = api.wait(box, execution)
+        assert (view["exit_status"], view["stdout"]) == (5, "first\nconfirmed\n")
+
+
+def test_a_full_disk_under_the_journals_makes_commands_wait(with_journals: Server, disk: Disk) -> None:
+    """Also while the server is killed and started again: the agent keeps what the journal did not take."""
+    server = with_journals
+    with server.api() as api:
+        box = api.create()
+        waiting = api.start(box, "until [ -e go ]; do sleep 0.02; done; seq 300000; seq 1000 >&2; touch done; exit 4")
+        fed = api.start(box, "cat; exit 6", attach_stdin=True)
+        assert api.send(box, fed, "before\n")
+        Reader(server, box, fed).until(lambda r: r.text == "before\n")
+        disk.fill()
+        api.write(box, "go", "")
+        _until_logged(server, "a journal cannot be written; its command waits")
+        assert api.send(box, fed, "x" * 100_000) is False, "there is no room for it, and nothing was taken"
+        server.restart()
+    with server.api() as api:
+        assert api.run(box, "test ! -e done")["exit_status"] == 0, "commands without output do not need room"
+        assert api.execution(box, waiting)["status"] == "running"
+        disk.free()
+        view = api.wait(box, waiting)
+        assert view["exit_status"] == 4
+        assert api.streamed(box, waiting) == counted("", 300_000)
+        assert api.streamed(box, waiting, "stderr") == counted("", 1000)
+        assert api.send(box, fed, "after\n")
+        assert api.send(box, fed, signal="EOF")
+        view = api.wait(box, fed)
+        assert (view["exit_status"], view["stdout"]) == (6, "before\nafter\n")
