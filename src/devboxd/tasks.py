@@ -25,16 +25,23 @@ class Tasks:
         task.add_done_callback(self._ended)
         return task
 
-    async def finish(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        """Await `work` as a task that goes on when the caller is cancelled: nothing of it is left half done."""
+    async def finish(self, work: Coroutine[Any, Any, T], name: str, seconds: float | None = None) -> T:
+        """Await `work` as a task that goes on when the caller is cancelled: nothing of it is left half done.
+
+        Past `seconds` it goes on as well, and TimeoutError is raised.
+        """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
-            return await asyncio.shield(task)
+            done, _ = await asyncio.wait({task}, timeout=seconds)
         except asyncio.CancelledError:
             task.add_done_callback(self._ended)
             raise
+        if not done:
+            task.add_done_callback(self._ended)
+            raise TimeoutError
+        return task.result()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
-from devboxd.agent.protocol import ProtocolError, Stage, Verb
+from devboxd.agent.protocol import Stage, Verb
 
 pytestmark = pytest.mark.anyio
 
@@ -173,23 +173,23 @@ async def test_anything_off_ends_the_connection(liar, frame, count):
 
 
 async def test_an_answer_of_another_kind(liar):
-    with descriptors("/dev/null") as fd, pytest.raises(ProtocolError):
+    with descriptors("/dev/null") as fd, pytest.raises(AgentClosedError):
         await liar.answer(liar.client.ack("k"), Verb.FD, fd_frame(0), fd)
     assert liar.events == ["closed"]
 
 
 async def test_a_list_that_is_none(liar):
-    with descriptors("/dev/null") as fd, pytest.raises(ProtocolError):
+    with descriptors("/dev/null") as fd, pytest.raises(AgentClosedError):
         await liar.answer(liar.client.list(), Verb.FD, fd_frame(0), fd)
 
 
 async def test_a_list_that_does_not_add_up(liar):
-    with pytest.raises(ProtocolError):
+    with pytest.raises(AgentClosedError):
         await liar.answer(liar.client.list(), Verb.OK, struct.pack("<Q", 5))
 
 
 async def test_a_descriptor_without_need_is_a_lie(liar):
-    with pytest.raises(ProtocolError):
+    with pytest.raises(AgentClosedError):
         await liar.answer(liar.client.read("u", "p"), Verb.OK, struct.pack("<Q", 5))
 
 
@@ -216,7 +216,7 @@ async def test_a_silent_agent_keeps_only_its_callers_waiting(liar):
 
 async def test_another_generation(anyio_backend):
     liar = Liar()
-    with pytest.raises(ProtocolError):
+    with pytest.raises(AgentClosedError):
         await liar.start(generation=2)
     liar.peer.close()
     await liar.stop()

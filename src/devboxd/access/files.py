@@ -19,8 +19,11 @@ from devboxd.agent.protocol import Stage
 from devboxd.engine.blocking import finished
 from devboxd.errors import ApiError, bad_request, conflict, not_found
 from devboxd.executions.box import Box
+from devboxd.http.streams import wait
 
 BLOCK = 1 << 20
+SILENCE_S = 20.0
+"""How long a pipe may neither give nor take: the child in the box that serves it may be hostile, or gone for good."""
 _MODE = 0o644
 _MAX_PATH = 4096
 
@@ -36,16 +39,20 @@ class Written:
 class OpenFile:
     """A file of a box, opened for reading. `size` is None where only reading tells it."""
 
-    def __init__(self, descriptor: int, pipe: bool) -> None:
+    def __init__(self, descriptor: int, pipe: bool, path: str) -> None:
         self._descriptor = descriptor
+        self._path = path
         self._pipe = pipe
         self.size = None if pipe else os.fstat(descriptor).st_size
 
     async def read(self, size: int = BLOCK) -> bytes:
-        """At most `size` bytes from where the last read ended; empty at the end."""
-        if self._pipe:
-            return await _read_pipe(self._descriptor, size)
-        return await finished(partial(os.read, self._descriptor, size))
+        """At most `size` bytes from where the last read ended; empty at the end. Raises ApiError."""
+        try:
+            if self._pipe:
+                return await _read_pipe(self._descriptor, size)
+            return await finished(partial(os.read, self._descriptor, size))
+        except OSError as error:
+            raise _explained(error, "read", self._path) from error
 
     async def chunks(self, limit: int | None = None) -> AsyncGenerator[bytes, None]:
         """All of a file; exactly `size` bytes when that is known, else at most `limit`.
@@ -80,7 +87,7 @@ class Files:
             opened = await box.agent.read(box.user, path)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "read", path) from error
-        return OpenFile(opened.fd, opened.pipe)
+        return OpenFile(opened.fd, opened.pipe, path)
 
     async def put(self, box: Box, path: str, content: bytes, user: str | None = None) -> Written:
         """Write a whole file. Raises ApiError; the old content stays then."""
@@ -162,7 +169,8 @@ async def _ready(descriptor: int, *, write: bool) -> None:
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
     add(descriptor, event.set)
     try:
-        await event.wait()
+        if not await wait(event, SILENCE_S):
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
     finally:
         remove(descriptor)
 
@@ -197,7 +205,7 @@ def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
         case errno.ENOSPC | errno.EDQUOT:
             return ApiError(507, f"cannot {verb} {shown}: the disk is full; delete something", retry=False)
         case errno.ETIMEDOUT:
-            return ApiError(504, f"cannot {verb} {shown}: the file did not open in time", retry=False)
+            return ApiError(504, f"cannot {verb} {shown}: the file kept us waiting too long", retry=False)
         case errno.EINVAL if stage is Stage.TYPE:
             return bad_request(f"cannot {verb} {shown}: it is not a regular file; name one")
     return bad_request(f"cannot {verb} {shown}: {error}")

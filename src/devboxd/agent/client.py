@@ -1,7 +1,8 @@
 """The asyncio client of `devboxd-init`: one connection to one box.
 
 Requests may be outstanding side by side. What the agent sends is hostile: at most four descriptors are taken with a
-message, each is checked for what it is, and anything off the protocol ends the connection.
+message, each is checked for what it is, and anything off the protocol, silence too, ends the connection. Nothing of
+a box is closed on the event loop, not even by the kernel: a socket's close waits as long as a box likes.
 """
 
 import asyncio
@@ -9,23 +10,32 @@ import contextlib
 import errno
 import os
 import socket
-import struct
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
-from devboxd.agent import descriptors, protocol
+from devboxd.agent import descriptors, messages, protocol
 from devboxd.agent.protocol import Entry, Error, Exit, ExitFlags, Fd, Message, Ok, ProtocolError, Scope, Stage, Stall
 
 OUTSTANDING_MAX: Final = 1024
 """Requests that one connection has unanswered at most."""
 ENTRIES_MAX: Final = 4096
-"""Entries of one LIST that are believed."""
-_HELLO_SECONDS: Final = 10.0
+"""Entries of one LIST that are believed, and ends that are told before it."""
+_GREET_S: Final = 10.0
+"""How long HELLO and LIST wait for their answers."""
+_ANSWER_S: Final = 20.0
+"""How long a request waits for its answer, beyond a deadline of its own, until the agent counts as broken."""
+_START_S: Final = 300.0
+"""As _ANSWER_S, for starts: their answer waits for an exec in a box that may be short of everything."""
+_LOOK_S: Final = 2.0
+_SLACK_S: Final = 8.0
+_CLOSE_S: Final = 1.0
 _FRAMES_A_TURN: Final = 64
-_CONTROL_BYTES: Final = socket.CMSG_SPACE(protocol.FRAME_FDS * 4)
+_STALLS_A_SPAN: Final = 400
+_SPAN_S: Final = 0.1
 
 
 class AgentError(Exception):
@@ -39,7 +49,7 @@ class AgentError(Exception):
 
 
 class AgentClosedError(ConnectionError):
-    """The connection ended before the answer came; whether the request was carried out is not known."""
+    """The connection ended before the answer came, or with it; whether the request was carried out is not known."""
 
 
 _STAGE_WORDS = {
@@ -103,9 +113,13 @@ class OpenedTarget:
 
 @dataclass
 class _Pending:
-    """A request without its final answer; `undo` gets the answer when nobody waits for it any more."""
+    """A request without its final answer, which must come `until` a time of the loop.
+
+    `undo` gets the answer when nobody waits for it any more.
+    """
 
     future: asyncio.Future[tuple[Message, int]]
+    until: float
     entries: list[Entry] = field(default_factory=list)
     undo: Callable[[Fd], None] | None = None
 
@@ -116,25 +130,6 @@ def _milliseconds(seconds: float) -> int:
 
 def _path(path: str | bytes) -> bytes:
     return os.fsencode(path)
-
-
-def _connect(path: str | Path) -> socket.socket:
-    """Connect without blocking; a socket's path of any length is reached through a descriptor."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        connection.setblocking(False)
-        location = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            connection.connect(f"/proc/self/fd/{location}")
-        finally:
-            os.close(location)
-    except BlockingIOError as error:
-        connection.close()
-        raise ConnectionRefusedError(f"cannot connect to the agent at {path}: it accepts nobody") from error
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 class AgentClient:
@@ -159,6 +154,13 @@ class AgentClient:
         self._pending: dict[int, _Pending] = {}
         self._outgoing: deque[tuple[int, bytes, Sequence[int]]] = deque()
         self._discards: set[asyncio.Future[None]] = set()
+        self._alive: set[str] = set()
+        self._early: set[str] = set()
+        self._listed = False
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._span_end = 0.0
+        self._stalls = 0
+        self.fault = ""
         self._loop.add_reader(connection, self._readable)
 
     @classmethod
@@ -175,28 +177,36 @@ class AgentClient:
         The callbacks run in the event loop, also before this returns: exits that were not acknowledged come at once.
         `on_closed` is called once when the connection is lost later, not after `close`.
         """
-        client = cls(_connect(path), on_exit, on_stall, on_closed)
+        client = cls(messages.connect(path), on_exit, on_stall, on_closed)
         try:
-            async with asyncio.timeout(_HELLO_SECONDS):
+            async with asyncio.timeout(_GREET_S):
                 client.generation = await client._value(protocol.encode_hello)
+        except TimeoutError:
+            await client.close()
+            raise AgentClosedError("cannot reach the devbox's agent: it does not answer") from None
         except BaseException:
             await client.close()
             raise
         if client.generation != protocol.GENERATION:
             await client.close()
-            raise ProtocolError(f"cannot speak generation {client.generation} of the agent's protocol")
+            raise AgentClosedError(f"cannot speak generation {client.generation} of the agent's protocol")
         return client
 
     @property
     def closed(self) -> bool:
-        """Whether the connection has ended, by `close` or because it was lost."""
+        """Whether the connection has ended, by `close` or because it was lost.
+
+        `fault` says how the agent broke the protocol, and stays empty when the connection just ended.
+        """
         return self._closed
 
     async def spawn(self, key: str, record: bytes, stdout: int, stderr: int, stdin: int | None, cap: int) -> int:
         """Start a command and return its pid in the box once exec succeeded. The descriptors are only borrowed."""
-        with _memory("record", record) as memory:
+        with messages.memory("record", record) as memory:
             fds = [memory, stdout, stderr, *([] if stdin is None else [stdin])]
-            return await self._value(lambda t: protocol.encode_spawn(t, key, stdin=stdin is not None, cap=cap), fds)
+            return await self._begin(
+                key, lambda t: protocol.encode_spawn(t, key, stdin=stdin is not None, cap=cap), fds
+            )
 
     async def signal(self, key: str, signal: int, scope: Scope) -> None:
         """Send a signal; AgentError(LOOKUP, ESRCH) when there is nobody."""
@@ -215,13 +225,16 @@ class AgentClient:
 
     async def read(self, user: str, path: str | bytes, deadline: float = 10.0) -> OpenedFile:
         """Open a file for reading as the user; deadline in seconds."""
-        answer, fd = await self._fd(lambda tag: protocol.encode_read(tag, user, _path(path), _milliseconds(deadline)))
+        answer, fd = await self._fd(
+            lambda tag: protocol.encode_read(tag, user, _path(path), _milliseconds(deadline)), deadline + _SLACK_S
+        )
         return OpenedFile(self._accept(answer, fd, writing=False), bool(answer.kind))
 
     async def write(self, user: str, path: str | bytes, mode: int = 0o644, deadline: float = 10.0) -> OpenedTarget:
         """Open a file for writing as the user: see OpenedTarget. `mode` holds for a new file."""
         answer, fd = await self._fd(
             lambda tag: protocol.encode_write(tag, user, _path(path), mode, _milliseconds(deadline)),
+            deadline + _SLACK_S,
             undo=lambda late: self._remove_late(user, late),
         )
         fd = self._accept(answer, fd, writing=True)
@@ -230,15 +243,18 @@ class AgentClient:
     async def rename(self, user: str, source: str | bytes, target: str | bytes, deadline: float = 10.0) -> None:
         """Rename a file as the user."""
         names = _path(source), _path(target)
-        await self._value(lambda tag: protocol.encode_rename(tag, user, *names, _milliseconds(deadline)))
+        encode = lambda tag: protocol.encode_rename(tag, user, *names, _milliseconds(deadline))  # noqa: E731
+        await self._value(encode, seconds=deadline + _SLACK_S)
 
     async def unlink(self, user: str, path: str | bytes, deadline: float = 10.0) -> None:
         """Remove a file as the user."""
-        await self._value(lambda tag: protocol.encode_unlink(tag, user, _path(path), _milliseconds(deadline)))
+        encode = lambda tag: protocol.encode_unlink(tag, user, _path(path), _milliseconds(deadline))  # noqa: E731
+        await self._value(encode, seconds=deadline + _SLACK_S)
 
     async def dial(self, port: int, deadline: float = 10.0) -> socket.socket:
         """Return a non-blocking TCP socket connected to a port of the box."""
-        _, fd = await self._fd(lambda tag: protocol.encode_dial(tag, port, _milliseconds(deadline)))
+        encode = lambda tag: protocol.encode_dial(tag, port, _milliseconds(deadline))  # noqa: E731
+        _, fd = await self._fd(encode, deadline + _SLACK_S)
         with self._refusing(fd, Stage.CONNECT):
             return descriptors.take_socket(fd)
 
@@ -247,8 +263,9 @@ class AgentClient:
 
         Its reads and writes block: they belong into a thread.
         """
-        with _memory("record", record) as memory:
-            _, fd = await self._fd(lambda tag: protocol.encode_pty(tag, key, rows, columns), [memory])
+        with messages.memory("record", record) as memory:
+            self._alive.add(key)
+            _, fd = await self._fd(lambda tag: protocol.encode_pty(tag, key, rows, columns), _START_S, [memory])
         with self._refusing(fd, Stage.TERMINAL):
             descriptors.check_terminal(fd)
             return fd
@@ -259,27 +276,27 @@ class AgentClient:
 
     async def shell(self, key: str, record: bytes) -> int:
         """Start a shell (descriptors 20 and 21 are its commands and control pipes) and return its pid."""
-        with _memory("record", record) as memory:
-            return await self._value(lambda tag: protocol.encode_shell(tag, key), [memory])
+        with messages.memory("record", record) as memory:
+            return await self._begin(key, lambda tag: protocol.encode_shell(tag, key), [memory])
 
     async def run(
         self, shell: str, key: str, command: bytes, stdout: int, stderr: int, stdin: int | None, cap: int
     ) -> None:
         """Run a command in a shell; returns when the shell was told. The descriptors are only borrowed."""
-        with _memory("command", command) as memory:
+        with messages.memory("command", command) as memory:
             fds = [memory, stdout, stderr, *([] if stdin is None else [stdin])]
             attached = stdin is not None
-            await self._value(lambda tag: protocol.encode_run(tag, shell, key, stdin=attached, cap=cap), fds)
+            await self._begin(key, lambda tag: protocol.encode_run(tag, shell, key, stdin=attached, cap=cap), fds)
 
     async def list(self) -> list[Entry]:
         """Return all that the agent knows and that was not acknowledged."""
-        tag, pending = self._start(protocol.encode_list, ())
+        tag, pending = self._start(protocol.encode_list, (), _GREET_S)
         message, fd = await self._wait(tag, pending)
         if not isinstance(message, Ok) or message.value != len(pending.entries):
-            if fd >= 0:
-                self._discard(fd)
-            self._lose()
-            raise ProtocolError("cannot use the agent's list: it is not as long as it says")
+            raise self._broken(fd, "its list is not as long as it says")
+        if not self._listed:
+            self._alive |= {entry.key for entry in pending.entries} - self._early
+            self._listed = True
         return pending.entries
 
     async def ack(self, key: str) -> None:
@@ -292,38 +309,55 @@ class AgentClient:
 
     async def close(self) -> None:
         """Close the connection; outstanding requests fail with AgentClosedError. The box goes on."""
-        self._shut()
-        while self._discards:
-            await asyncio.wait(self._discards)
+        self._shut("it was closed")
+        if self._discards:
+            await asyncio.wait(self._discards, timeout=_CLOSE_S)
 
     # -- requests --
 
-    async def _value(self, encode: Callable[[int], bytes], fds: Sequence[int] = ()) -> int:
+    async def _value(self, encode: Callable[[int], bytes], fds: Sequence[int] = (), seconds: float = _ANSWER_S) -> int:
         """Send a request that is answered by OK and return its value."""
-        tag, pending = self._start(encode, fds)
+        tag, pending = self._start(encode, fds, seconds)
         message, fd = await self._wait(tag, pending)
         if isinstance(message, Ok):
             return message.value
-        self._discard(fd)
-        self._lose()
-        raise ProtocolError("cannot use the agent's answer: a descriptor was not asked for")
+        raise self._broken(fd, "it answered with a descriptor that was not asked for")
+
+    async def _begin(self, key: str, encode: Callable[[int], bytes], fds: Sequence[int]) -> int:
+        """Send a request after whose success the end of `key` may be told, once."""
+        self._alive.add(key)
+        try:
+            return await self._value(encode, fds, _START_S)
+        except AgentError as error:
+            if error.stage is not Stage.DUPLICATE:
+                self._alive.discard(key)
+            raise
 
     async def _fd(
         self,
         encode: Callable[[int], bytes],
+        seconds: float,
         fds: Sequence[int] = (),
         undo: Callable[[Fd], None] | None = None,
     ) -> tuple[Fd, int]:
         """Send a request that is answered by a descriptor; return both."""
-        tag, pending = self._start(encode, fds)
+        tag, pending = self._start(encode, fds, seconds)
         pending.undo = undo
         message, fd = await self._wait(tag, pending)
         if isinstance(message, Fd):
             return message, fd
-        self._lose()
-        raise ProtocolError("cannot use the agent's answer: a descriptor is missing")
+        raise self._broken(fd, "it answered without the descriptor that was asked for")
 
-    def _start(self, encode: Callable[[int], bytes], fds: Sequence[int]) -> tuple[int, _Pending]:
+    def _broken(self, fd: int, why: str) -> AgentClosedError:
+        """The answer is not one to the request: nothing else of this agent is believed."""
+        if fd >= 0:
+            self._discard(fd)
+        self._lose(why)
+        return AgentClosedError(f"cannot use the agent's answer: {why}")
+
+    def _start(
+        self, encode: Callable[[int], bytes], fds: Sequence[int], seconds: float = _ANSWER_S
+    ) -> tuple[int, _Pending]:
         """Send the request, or queue it behind those for which the socket has no room."""
         if self._closed:
             raise AgentClosedError("cannot reach the devbox's agent: the connection is closed")
@@ -336,9 +370,18 @@ class AgentClient:
         if self._outgoing or not self._send(frame, fds):
             self._outgoing.append((self._tag, frame, fds))
             self._loop.add_writer(self._socket, self._writable)
-        pending = _Pending(self._loop.create_future())
+        pending = _Pending(self._loop.create_future(), self._loop.time() + seconds)
         self._pending[self._tag] = pending
+        if self._watchdog is None:
+            self._watchdog = self._loop.call_later(_LOOK_S, self._look)
         return self._tag, pending
+
+    def _look(self) -> None:
+        """An agent that leaves a request unanswered is broken; looked at now and then while there are some."""
+        now = self._loop.time()
+        self._watchdog = self._loop.call_later(_LOOK_S, self._look) if self._pending else None
+        if any(pending.until < now for pending in self._pending.values()):
+            self._lose("it did not answer a request in time")
 
     async def _wait(self, tag: int, pending: _Pending) -> tuple[Message, int]:
         """Wait for the final answer. A request that was not yet sent is taken back when the caller gives up."""
@@ -368,7 +411,7 @@ class AgentClient:
             pending.undo(message)
 
     def _remove_late(self, user: str, late: Fd) -> None:
-        with contextlib.suppress(AgentError, AgentClosedError, ProtocolError):
+        with contextlib.suppress(AgentError, AgentClosedError):
             encode = lambda tag: protocol.encode_unlink(tag, user, late.temporary, 10_000)  # noqa: E731
             _, pending = self._start(encode, ())
             pending.future.cancel()
@@ -404,60 +447,75 @@ class AgentClient:
     def _readable(self) -> None:
         """Take what has come, a bounded number of frames in one turn."""
         for _ in range(_FRAMES_A_TURN):
-            if self._closed:
+            if self._closed or self._stalls > _STALLS_A_SPAN:
                 return
+            fds: list[int] = []
             try:
-                data, control, flags, _ = self._socket.recvmsg(
-                    protocol.FRAME_MAX + 1, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC
-                )
+                self._take(messages.receive(self._socket, fds), fds)
             except (BlockingIOError, InterruptedError):
                 return
-            except OSError:
-                self._lose()
-                return
-            fds = _descriptors(control)
-            if not data or flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or not self._take(data, fds):
+            except (ProtocolError, OSError) as error:
                 for fd in fds:
                     self._discard(fd)
-                self._lose()
+                self._lose(str(error), fault=isinstance(error, ProtocolError))
                 return
 
-    def _take(self, data: bytes, fds: Sequence[int]) -> bool:
-        """Hand one frame to whom it concerns; False when it is not what the protocol allows."""
-        try:
-            message = protocol.decode(data, len(fds))
-        except ProtocolError:
-            return False
+    def _take(self, data: bytes, fds: Sequence[int]) -> None:
+        """Hand one frame to whom it concerns. Raises ProtocolError when it is not what the protocol allows."""
+        message = protocol.decode(data, len(fds))
         if isinstance(message, Exit):
-            self._on_exit(_exit_event(message))
-            return True
+            return self._take_exit(message)
         if isinstance(message, Stall):
-            self._on_stall(message.key, message.errno)
-            return True
+            return self._take_stall(message)
         if isinstance(message, Entry):
             return self._take_entry(message)
         pending = self._pending.pop(message.tag, None)
         if pending is None:
-            return False
+            raise ProtocolError("it answered a request that nobody made")
         fd = fds[0] if fds else -1
         if pending.future.done():
             self._drop_answer(pending, message, fd)
         else:
             pending.future.set_result((message, fd))
-        return True
 
-    def _take_entry(self, entry: Entry) -> bool:
+    def _take_exit(self, message: Exit) -> None:
+        """What was started here or listed ends once; before the list, the ends of earlier connections are told."""
+        key = message.key
+        if key in self._alive:
+            self._alive.discard(key)
+        elif self._listed or key in self._early or len(self._early) >= ENTRIES_MAX:
+            raise ProtocolError("it told the end of what does not run")
+        else:
+            self._early.add(key)
+        self._on_exit(_exit_event(message))
+
+    def _take_stall(self, message: Stall) -> None:
+        """The only frames without a bound: past so many in a while nothing is read until the while is over."""
+        now = self._loop.time()
+        if now >= self._span_end:
+            self._span_end, self._stalls = now + _SPAN_S, 0
+        self._stalls += 1
+        self._on_stall(message.key, message.errno)
+        if self._stalls > _STALLS_A_SPAN:
+            self._loop.remove_reader(self._socket)
+            self._loop.call_at(self._span_end, self._go_on)
+
+    def _go_on(self) -> None:
+        self._stalls = 0
+        if not self._closed:
+            self._loop.add_reader(self._socket, self._readable)
+
+    def _take_entry(self, entry: Entry) -> None:
         pending = self._pending.get(entry.tag)
         if pending is None or len(pending.entries) >= ENTRIES_MAX:
-            return False
+            raise ProtocolError("its list was not asked for, or is too long")
         pending.entries.append(entry)
-        return True
 
     def _accept(self, answer: Fd, fd: int, *, writing: bool) -> int:
         """Check the descriptor of a file; a pipe is replaced by a non-blocking one of our own."""
         with self._refusing(fd, Stage.TYPE):
             if not answer.kind:
-                descriptors.check_file(fd)
+                descriptors.check_file(fd, writing=writing)
                 return fd
             reopened = descriptors.reopen_pipe(fd, writing=writing)
         self._discard(fd)
@@ -473,40 +531,41 @@ class AgentClient:
             raise AgentError(stage, descriptors.error_number(error)) from error
 
     def _discard(self, fd: int) -> None:
-        """Close a descriptor of the box in a thread, for its close may block; `close` awaits them all."""
-        future = self._loop.run_in_executor(None, os.close, fd)
+        """Close a descriptor in a thread of its own: its close takes as long as the box likes."""
+        future = self._loop.create_future()
         self._discards.add(future)
         future.add_done_callback(self._discards.discard)
 
+        def close() -> None:
+            descriptors.close(fd)
+            with contextlib.suppress(RuntimeError):  # the loop may have ended first
+                self._loop.call_soon_threadsafe(future.set_result, None)
+
+        threading.Thread(target=close, name="close", daemon=True).start()
+
     # -- the end --
 
-    def _lose(self) -> None:
+    def _lose(self, why: str, *, fault: bool = True) -> None:
         if not self._closed:
-            self._shut()
+            self.fault = why if fault else ""
+            self._shut(why)
             if self.generation:
                 self._on_closed()
 
-    def _shut(self) -> None:
+    def _shut(self, why: str) -> None:
         if self._closed:
             return
         self._closed = True
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
-        self._socket.close()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._discard(self._socket.detach())  # descriptors in messages that nobody has read are closed with it
         self._outgoing.clear()
         waiting, self._pending = self._pending, {}
         for pending in waiting.values():
             if not pending.future.done():
-                pending.future.set_exception(AgentClosedError("cannot reach the devbox's agent: it went away"))
-
-
-def _descriptors(control: list[tuple[int, int, bytes]]) -> list[int]:
-    """Return the descriptors of a message."""
-    fds: list[int] = []
-    for level, kind, data in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
-    return fds
+                pending.future.set_exception(AgentClosedError(f"cannot reach the devbox's agent: {why}"))
 
 
 def _exit_event(message: Exit) -> ExitEvent:
@@ -521,16 +580,3 @@ def _exit_event(message: Exit) -> ExitEvent:
         stderr_truncated=ExitFlags.STDERR_TRUNCATED in message.flags,
         shell_died=ExitFlags.SHELL_DIED in message.flags,
     )
-
-
-@contextlib.contextmanager
-def _memory(name: str, content: bytes) -> Iterator[int]:
-    """A descriptor of an anonymous file with this content."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(fd, view) :]
-        yield fd
-    finally:
-        os.close(fd)

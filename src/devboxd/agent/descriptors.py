@@ -1,15 +1,18 @@
 """Checks of descriptors that come out of a box: whoever sent them is hostile, so each must prove what it is."""
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import socket
 import stat
 import struct
 from typing import Final
 
-_OVERLAYFS, _TMPFS, _EXT4, _BTRFS, _XFS = 0x794C7630, 0x01021994, 0xEF53, 0x9123683E, 0x58465342
-_DISKS: Final = frozenset({_OVERLAYFS, _TMPFS, _EXT4, _BTRFS, _XFS})
+XFS: Final = 0x58465342
+_OVERLAYFS, _TMPFS, _EXT4, _BTRFS = 0x794C7630, 0x01021994, 0xEF53, 0x9123683E
+_DISKS: Final = frozenset({_OVERLAYFS, _TMPFS, _EXT4, _BTRFS, XFS})
 _PIPEFS: Final = 0x50495045
 _PTMX: Final = os.makedev(5, 2)
 _STATFS_BYTES: Final = 512  # more than any architecture's struct statfs
@@ -30,10 +33,23 @@ def filesystem_type(fd: int) -> int:
     return int(kind) & 0xFFFFFFFF
 
 
-def check_file(fd: int) -> None:
-    """Accept a regular file on a disk's file system alone: files of procfs and its like judge whoever reads them."""
+def check_file(fd: int, *, writing: bool) -> None:
+    """Accept a regular file on a disk's file system, open in this direction, alone.
+
+    Files of procfs and its like judge whoever reads them.
+    """
+    wanted = os.O_WRONLY if writing else os.O_RDONLY
     if not stat.S_ISREG(os.fstat(fd).st_mode) or filesystem_type(fd) not in _DISKS:
         raise DescriptorError("a regular file on a disk")
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH | os.O_DIRECT) not in (wanted, os.O_RDWR):
+        raise DescriptorError("a file that is open for what was asked")
+
+
+def close(fd: int) -> None:
+    """Close a descriptor of a box. Only for threads that nobody waits for: some wait at their close for the box."""
+    _libc.setsockopt(fd, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0), 8)  # no socket: no harm
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def reopen_pipe(fd: int, *, writing: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,8 +42,13 @@ ENTRYPOINT = "devboxd.entrypoint"
 _BOOTS_AT_ONCE = 8
 _CLOCK_LOOK_S = 10.0
 _ATTACH_S = 20.0
+_ATTACH_AGAIN_S = 300.0
+"""Patience with the agent of a devbox that runs: an overloaded host may keep it silent, and its disk is at stake."""
 _ATTACH_PAUSE_S = 0.1
 _ATTACH_PAUSE_MAX_S = 2.0
+_FAULTS_MAX = 4
+_FAULTS_S = 300.0
+"""An honest agent never breaks the protocol: past so many faults in this time the devbox is given up."""
 _SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _SWEEP_S = 3600.0
 _END_S = 1.0
@@ -360,14 +366,17 @@ class Devboxes:
         devbox = life.devbox
         box = await self._executions.adopt(self._box(devbox))
         lost = asyncio.Event()
-        await self._attach(box, lost)
+        faults: deque[float] = deque(maxlen=_FAULTS_MAX)
+        await self._attach(life, box, lost)
         steps = asyncio.ensure_future(self._steps(life, box))
         gone = asyncio.ensure_future(lost.wait())
         try:
             while not steps.done():
                 await asyncio.wait({steps, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not steps.done():
-                    await self._attach(box, lost)
+                    _bear(box, faults)
+                    await asyncio.sleep(_ATTACH_PAUSE_S)  # not for something: who breaks it at once keeps nobody busy
+                    await self._attach(life, box, lost)
                     gone = asyncio.ensure_future(lost.wait())
             steps.result()
         finally:
@@ -375,19 +384,22 @@ class Devboxes:
             gone.cancel()
             await asyncio.gather(steps, gone, return_exceptions=True)
 
-    async def _attach(self, box: Box, lost: asyncio.Event) -> None:
+    async def _attach(self, life: Life, box: Box, lost: asyncio.Event) -> None:
         """Connect to the agent, trying again for a while; without end where the server itself is short of something."""
-        deadline = time.monotonic() + _ATTACH_S
+        patience = _ATTACH_AGAIN_S if life.devbox.status == Status.RUNNING else _ATTACH_S
+        deadline = time.monotonic() + patience
         pause = _ATTACH_PAUSE_S
         while True:
             lost.clear()
             try:
-                return await self._executions.attach(box, self._engine.agent_socket(box.id), lost.set)
+                async with asyncio.timeout(patience):  # an agent may name commands that begin for ever
+                    return await self._executions.attach(box, self._engine.agent_socket(box.id), lost.set)
             except (AgentError, OSError) as error:
                 _log.warning("an agent cannot be reached", devbox=box.id, error=str(error))
                 short = isinstance(error, OSError) and error.errno in _SHORT_OF
                 if not short and time.monotonic() > deadline:
-                    raise BoxFailure("health_check_failed", f"cannot reach its agent: {error}") from error
+                    why = str(error) or "it names commands that begin for ever"
+                    raise BoxFailure("health_check_failed", f"cannot reach its agent: {why}") from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, _ATTACH_PAUSE_MAX_S)
 
@@ -458,6 +470,16 @@ class Devboxes:
         except StoreError as error:
             _log.error("cannot look for what can be removed; trying later", error=str(error))
             return []
+
+
+def _bear(box: Box, faults: deque[float]) -> None:
+    """Remember a fault of the agent. Raises BoxFailure past the bound. A connection that just ends may be replaced."""
+    if not box.agent.fault:
+        return
+    now = time.monotonic()
+    if len(faults) == _FAULTS_MAX and now - faults[0] < _FAULTS_S:
+        raise BoxFailure("health_check_failed", f"its agent breaks the protocol; the last time {box.agent.fault}")
+    faults.append(now)
 
 
 def _refused(devbox: Devbox, verb: str, refusal: Refusal) -> ApiError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -20,6 +22,8 @@ _T = TypeVar("_T")
 _AGAIN_S = 0.05
 _PATIENCE_S = 5.0
 """How long a request waits for an agent that is being connected, before it is told to come again."""
+_COMPLAINTS = 10
+_COMPLAINTS_S = 1.0
 
 
 @dataclass(eq=False)
@@ -74,6 +78,7 @@ class Box:
     _agent: AgentClient | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _on_lost: Callable[[], None] = lambda: None
+    _complaints: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPLAINTS))
 
     @property
     def agent(self) -> AgentClient:
@@ -102,6 +107,14 @@ class Box:
         if agent in (None, self._agent) and self._attached.is_set() and self.gone is None:
             self._attached.clear()
             self._on_lost()
+
+    def may_complain(self) -> bool:
+        """Whether what the agent tells goes into the log: so many lines in a while, for the box decides about them."""
+        now = time.monotonic()
+        if len(self._complaints) == _COMPLAINTS and now - self._complaints[0] < _COMPLAINTS_S:
+            return False
+        self._complaints.append(now)
+        return True
 
     async def disconnect(self) -> None:
         """Close the connection; the box goes on."""

@@ -46,7 +46,10 @@ SETUP = "setup"
 """The purpose of commands that prepare a box as root."""
 KILL_GRACE_S = 5.0
 _STORE_AGAIN_S = 1.0
+_ANSWER_S = 20.0
+"""How long an answer waits for a start: the command is kept by then, and told when the agent listens again."""
 _STARTING_S = 0.01
+_STARTING_MAX_S = 1.0
 _SIGKILL = 9
 _KILLED, _TERMINATED = 128 + _SIGKILL, 128 + 15
 _BEGINNINGS_OF_SHELLS = 3
@@ -95,7 +98,7 @@ class Executions:
         """
         await box.disconnect()
         agent = await AgentClient.connect(
-            socket, on_exit=partial(self._on_exit, box), on_stall=partial(_stalled, box.id), on_closed=box.lost
+            socket, on_exit=partial(self._on_exit, box), on_stall=partial(_stalled, box), on_closed=box.lost
         )
         try:
             entries = await _settled(agent)
@@ -155,6 +158,8 @@ class Executions:
     ) -> Execution:
         """Start a command and return its row once it is committed and, outside of shells, the agent was told.
 
+        An agent that stays silent is not waited for without end: it is told later.
+
         A `handle` that the box knows gives the execution that has it (409 when its command is another). `answers`:
         the view of the new execution is the whole answer of the request, so it is stored with the row.
         """
@@ -180,7 +185,11 @@ class Executions:
             else self._queue(box, box.shell(shell_name), running, once, answers)
         )
         try:
-            return await self._tasks.finish(begin, f"start of {own_id}")
+            return await self._tasks.finish(begin, f"start of {own_id}", _ANSWER_S)
+        except TimeoutError:
+            if not running.committed:
+                raise StoreError("cannot start the command yet: the store takes too long; try again") from None
+            return running.row
         except TakenError:
             if handle is None or (known := await self._known(box_id, handle, command)) is None:
                 raise
@@ -476,11 +485,13 @@ def _check(command: str, handle: str | None, shell_name: str | None) -> None:
 
 async def _settled(agent: AgentClient) -> list[Entry]:
     """What the agent knows, once it knows of each whether it could start: nobody would hear of a late failure."""
+    pause = _STARTING_S
     while True:
         entries = await agent.list()
         if all(entry.state is not EntryState.STARTING for entry in entries):
             return entries
-        await asyncio.sleep(_STARTING_S)  # the agent does not tell by itself
+        await asyncio.sleep(pause)  # the agent does not tell by itself
+        pause = min(2 * pause, _STARTING_MAX_S)
 
 
 def _write_end(done: Execution, connection: Connection) -> None:
@@ -491,11 +502,13 @@ def _write_running(execution_id: str, connection: Connection) -> None:
     rows.set_running(connection, execution_id)
 
 
-def _stalled(box_id: str, key: str, number: int) -> None:
+def _stalled(box: Box, key: str, number: int) -> None:
+    if not box.may_complain():
+        return
     if number:
-        _log.error("a journal cannot be written; its command waits", devbox=box_id, key=key, error=os.strerror(number))
+        _log.error("a journal cannot be written; its command waits", devbox=box.id, key=key, error=os.strerror(number))
     else:
-        _log.info("a journal is written again", devbox=box_id, key=key)
+        _log.info("a journal is written again", devbox=box.id, key=key)
 
 
 def _now() -> int:

@@ -18,7 +18,7 @@ from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
 from devboxd.agent.protocol import Scope
 from devboxd.engine.blocking import finished
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, Boxes, Running, patient
+from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals, Spool
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.http.once import Once
@@ -109,8 +109,8 @@ class Stdin:
                 self._moved(running, await box.agent.stdin(running.row.id, running.row.stdin_length, False))
             except AgentError:
                 return False
-            except AgentClosedError:
-                _log.debug("the position in stdin is not known", execution=running.row.id)
+            except AgentClosedError as error:
+                raise unreachable(box.id) from error
         return length - running.position <= STDIN_AHEAD and running.row.status != COMPLETED
 
     async def _keep(self, running: Running, text: str) -> bool:
