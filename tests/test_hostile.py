@@ -354,6 +354,20 @@ def test_a_pipe_without_end_is_cut_at_the_limit(scene: Scene) -> None:
 # -- journals --
 
 
+@pytest.mark.parametrize("mode", ["spawn_past_the_cap", "spawn_behind_the_end"])
+def test_a_journal_past_its_cap_ends_the_box(scene: Scene, mode: str) -> None:
+    with scene.box(mode) as box:
+        execution = scene.api.start(box, "true")
+        assert "grew past the limit" in scene.why(box)
+        view = scene.api.wait(box, execution)
+        assert view["exit_status"] == 137
+        journals = scene.server.state / "journals" / box
+        deadline = time.monotonic() + IN_TIME_S
+        while sum(path.stat().st_blocks * 512 for path in journals.iterdir()) > CAP + 65536:
+            assert time.monotonic() < deadline, "what is over the cap stays on the disk"
+        assert sum(path.stat().st_size for path in journals.iterdir()) in (CAP, 5)
+
+
 def test_what_a_journal_holds_stays(scene: Scene) -> None:
     with scene.box("spawn_rewrites") as box:
         view = scene.api.run(box, "true")

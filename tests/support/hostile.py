@@ -381,6 +381,13 @@ def hello_of_another_generation(request: Request) -> None:
 # -- journals --
 
 
+def spawn_past_the_cap(request: Request) -> None:
+    request.ok(7)
+    for _ in range(16):
+        os.write(request.fds[1], bytes(MIB))
+    kept.append(request)
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     import ctypes
 
@@ -388,6 +395,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     if call(fd, mode, offset, length):
         raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def spawn_behind_the_end(request: Request) -> None:
+    request.ok(7)
+    os.write(request.fds[2], b"short")
+    fallocate(request.fds[2], KEEP_SIZE, 0, 64 * MIB)
+    kept.append(request)
 
 
 def attempts(fd: int) -> dict[str, object]:

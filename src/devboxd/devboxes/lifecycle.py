@@ -23,7 +23,7 @@ from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.prepare import PreparationError, prepare, user_of
-from devboxd.devboxes.states import TERMINAL, Event, Refusal, Status, step
+from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, CreateDevbox, StateTransition, UpdateDevbox, check_create, resources
 from devboxd.engine.base import BoxEnd, BoxSpec, Engine, EngineError, Image
@@ -49,6 +49,9 @@ _ATTACH_PAUSE_MAX_S = 2.0
 _FAULTS_MAX = 4
 _FAULTS_S = 300.0
 """An honest agent never breaks the protocol: past so many faults in this time the devbox is given up."""
+_MEASURE_S = 1.0
+_MEASURE_SHARE = 50
+"""Measuring journals takes at most this part of the time."""
 _SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _SWEEP_S = 3600.0
 _END_S = 1.0
@@ -136,6 +139,7 @@ class Devboxes:
         lives = sum(life.devbox.status not in TERMINAL for life in self._lives.values())
         _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, host_was_restarted=rebooted)
         self._tasks.start(self._sweep(), "sweep")
+        self._tasks.start(self._measure(), "measuring journals")
 
     async def close(self) -> None:
         """Stop supervising; the boxes go on. Devboxes that have ended are freed first, as far as that is quick."""
@@ -448,6 +452,17 @@ class Devboxes:
                 _log.error("cannot store that a devbox is freed; trying again", id=devbox.id, error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)
         self._lives.pop(devbox.id, None)
+
+    async def _measure(self) -> None:
+        """End every devbox of which a journal takes more disk than an honest agent lets it: its agent is none."""
+        while True:
+            begun = time.monotonic()
+            living = [life.devbox.id for life in self._lives.values() if life.devbox.status in LIVE]
+            for box_id in await asyncio.to_thread(self._executions.overrun, living):
+                if (life := self._lives.get(box_id)) is not None:
+                    text = "a journal of its executions grew past the limit, which only a hostile first process can do"
+                    await self._happen(life, Event.FAILED, BoxFailure("health_check_failed", text))
+            await asyncio.sleep(max(_MEASURE_S, _MEASURE_SHARE * (time.monotonic() - begun)))
 
     async def _sweep(self) -> None:
         """Remove executions and journals of devboxes that ended longer ago than the retention."""

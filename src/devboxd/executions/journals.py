@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from devboxd.agent.descriptors import XFS, filesystem_type
+
 Stream = Literal["stdout", "stderr"]
 
 BLOCK = 64 * 1024
@@ -22,6 +24,10 @@ _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_APPEND_FL = 0x20
 _PUNCH_HOLE_KEEP_SIZE = 0x03
+_SLACK = 1 << 20
+"""Bytes past the cap for what file systems round up to and for the server's own words."""
+_XFS_AHEAD = 4
+"""XFS gives growing files space in advance, up to a multiple of their length."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -35,6 +41,7 @@ class Journals:
         self._prefix = f"{folder}/"  # plain text: joining a Path costs as much as opening the file
         self.cap = cap
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._most = cap * (_XFS_AHEAD if _on_xfs(folder) else 1) + _SLACK
 
     def path(self, devbox_id: str, execution_id: str, stream: str) -> Path:
         """Where a stream of an execution lies."""
@@ -106,17 +113,31 @@ class Journals:
         except FileNotFoundError:
             return Reader(None, self.cap)
 
+    def overrun(self, devbox_id: str) -> bool:
+        """Whether a journal takes more of the disk than an agent that keeps to the cap can make it take."""
+        return any(_taken(status) > self._most for _, status in self._made(devbox_id))
+
+    def trim(self, devbox_id: str) -> None:
+        """Cut what is over in the journals of a devbox that has ended: nobody has them open for writing any more."""
+        for path, status in self._made(devbox_id):
+            if _taken(status) > self._most:
+                _free(path)
+                os.truncate(path, min(status.st_size, self.cap))
+
+    def _made(self, devbox_id: str) -> Iterator[tuple[str, os.stat_result]]:
+        """The journals of a devbox; the spools beside them are written by the server alone."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder / devbox_id) as entries:
+            for entry in entries:
+                if not entry.name.endswith(".stdin"):
+                    yield entry.path, entry.stat(follow_symlinks=False)
+
     def remove(self, devbox_id: str) -> None:
         """Delete everything that the executions of a devbox left here."""
         folder = self._folder / devbox_id
         if not folder.exists():
             return
         for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                _append_only(descriptor, False)
-            finally:
-                os.close(descriptor)
+            _free(path)
         shutil.rmtree(folder)
 
 
@@ -175,6 +196,28 @@ class Spool:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._descriptor)
+
+
+def _on_xfs(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return filesystem_type(descriptor) == XFS
+    finally:
+        os.close(descriptor)
+
+
+def _taken(status: os.stat_result) -> int:
+    """Bytes of the disk. The length says less: fallocate takes blocks behind the end, also of append-only files."""
+    return status.st_blocks * 512
+
+
+def _free(path: str | Path) -> None:
+    """Let a journal be cut and deleted again."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        _append_only(descriptor, False)
+    finally:
+        os.close(descriptor)
 
 
 def _append_only(descriptor: int, on: bool) -> None:

@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -122,6 +122,11 @@ class Executions:
                 else:
                     await running.done.wait()  # whoever commits it sees that the box is gone
         self._boxes.remove(box)
+        await asyncio.to_thread(self._journals.trim, box_id)
+
+    def overrun(self, box_ids: Sequence[str]) -> list[str]:
+        """The devboxes that have put more into a journal than an honest agent does. Takes its time: for a thread."""
+        return [box_id for box_id in box_ids if self._journals.overrun(box_id)]
 
     async def close(self) -> None:
         """Stop all background work; boxes and their commands go on without the server."""
