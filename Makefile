@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check conformance bench crash
+.PHONY: help setup demo test check conformance bench crash fuzz
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
@@ -24,3 +24,6 @@ bench: ## measure the figures of SPECIFICATION.md and write them into it
 
 crash: ## kill the server 200 times under load and compare every byte
 	@scripts/setup && CRASH_KILLS=$${CRASH_KILLS:-200} .venv/bin/pytest -s tests/test_crash.py
+
+fuzz: ## fuzz both sides of the agent's protocol for an hour, or FUZZ_SECONDS
+	@scripts/setup test && scripts/fuzz $${FUZZ_SECONDS:-3600}
