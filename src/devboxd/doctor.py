@@ -349,7 +349,7 @@ def _inotify() -> Check:
 
 def _processes() -> Check:
     most = int(Path("/proc/sys/kernel/pid_max").read_text())
-    found = f"kernel.pid_max is {most}; a box may have 4096"
+    found = f"kernel.pid_max is {most}; a small box may have 1024, the largest 16384"
     if most < 65536:
         cure = "sysctl -w kernel.pid_max=4194304"
         return Check("Processes", "warning", found, "a few full boxes leave no process for this host", cure)

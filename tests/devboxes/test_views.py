@@ -25,7 +25,7 @@ from devboxd.errors import ApiError
     ],
 )
 def test_sizes(size: str | None, cores: float, gib: int) -> None:
-    assert resources(LaunchParameters(resource_size_request=size)) == Resources(cores, gib * GIB)
+    assert resources(LaunchParameters(resource_size_request=size)) == Resources(cores, gib * GIB, max(1024, 256 * gib))
 
 
 @given(cores=st.floats(-2, 20), gib=st.integers(-2, 70), disk=st.none() | st.integers(-2, 70))
@@ -38,7 +38,7 @@ def test_custom_sizes_keep_their_rules(cores: float, gib: int, disk: int | None)
         and 2 <= gib / cores <= 8
     )
     if legal:
-        assert resources(launch) == Resources(cores, gib * GIB)
+        assert resources(launch) == Resources(cores, gib * GIB, max(1024, 256 * gib))
     else:
         with pytest.raises(ApiError, match="^cannot ") as refusal:
             resources(launch)
@@ -46,7 +46,7 @@ def test_custom_sizes_keep_their_rules(cores: float, gib: int, disk: int | None)
 
 
 def test_half_a_core_with_two_gib_is_legal() -> None:
-    assert resources(LaunchParameters("CUSTOM_SIZE", 0.5, 2)) == Resources(0.5, 2 * GIB)
+    assert resources(LaunchParameters("CUSTOM_SIZE", 0.5, 2)) == Resources(0.5, 2 * GIB, 1024)
 
 
 def test_custom_numbers_need_the_custom_size() -> None:

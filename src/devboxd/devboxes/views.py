@@ -250,6 +250,10 @@ def _check_life(seconds: int | None) -> None:
         )
 
 
+PIDS_LEAST = 1024
+PIDS_PER_GIB = 256
+
+
 def resources(launch: LaunchParameters) -> Resources:
     """The limits that a size means. Raises 400 when a custom size breaks its rules (behaviour: sizes table)."""
     size = launch.resource_size_request or "SMALL"
@@ -258,8 +262,13 @@ def resources(launch: LaunchParameters) -> Resources:
         if any(value is not None for value in custom):
             raise bad_request("cannot use custom_... sizes: set resource_size_request to CUSTOM_SIZE with them")
         cores, gib = SIZES[size]
-        return Resources(cores, gib * GIB)
+        return _limits(cores, gib)
     return _custom(launch.custom_cpu_cores, launch.custom_gb_memory, launch.custom_disk_size)
+
+
+def _limits(cores: float, gib: int) -> Resources:
+    """Processes and threads grow with memory; more than these in a small box slow its neighbours down."""
+    return Resources(cores, gib * GIB, max(PIDS_LEAST, PIDS_PER_GIB * gib))
 
 
 def _custom(cores: float | None, gib: int | None, disk: int | None) -> Resources:
@@ -273,4 +282,4 @@ def _custom(cores: float | None, gib: int | None, disk: int | None) -> Resources
         raise bad_request(f"cannot use {disk} as custom_disk_size: an even number from 2 to 64")
     if not 2 <= gib / cores <= 8:
         raise bad_request(f"cannot combine {cores:g} cores with {gib} GiB: 2 to 8 GiB of memory belong to a core")
-    return Resources(cores, gib * GIB)
+    return _limits(cores, gib)

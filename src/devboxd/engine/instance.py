@@ -113,14 +113,18 @@ def _make_private(folder: Path, mode: int = 0o700) -> None:
 
 def _lock_state(state: Path, locks: contextlib.ExitStack) -> None:
     """Hold state/lock with the own pid in it; the kernel lets go of it when the server dies."""
-    try:
-        descriptor = _lock(state / "lock", locks)
-    except BlockingIOError as error:
-        pid = (state / "lock").read_text(errors="replace").strip() or "unknown"
-        raise SetupError(
-            f"cannot use the state folder {state}: the server with pid {pid} uses it; "
-            "stop that one first, or name another folder with --state"
-        ) from error
+    for attempts_left in reversed(range(_LOCK_ATTEMPTS)):
+        try:
+            descriptor = _lock(state / "lock", locks)
+            break
+        except BlockingIOError as error:
+            pid = (state / "lock").read_text(errors="replace").strip() or "unknown"
+            if not attempts_left or Path("/proc", pid).exists():
+                raise SetupError(
+                    f"cannot use the state folder {state}: the server with pid {pid} uses it; "
+                    "stop that one first, or name another folder with --state"
+                ) from error
+            time.sleep(_LOCK_PAUSE_SECONDS)  # a child of a killed server holds the lock until it execs
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
