@@ -92,7 +92,8 @@ def _copied(server: Server, load: Load, folder: Path) -> Copy:
         copy = _noted(load.notes, folder)
         for name in ("devboxd.db", "devboxd.db-wal"):
             shutil.copy(server.state / name, folder / name)
-        shutil.copytree(server.state / "journals" / load.box, folder / "journals")
+        if (journals := server.state / "journals" / load.box).exists():
+            shutil.copytree(journals, folder / "journals")
     finally:
         os.kill(server.pid, signal.SIGCONT)
     return copy

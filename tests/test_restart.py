@@ -170,6 +170,23 @@ def test_a_named_shell_goes_on_with_its_queue(own_server: Server) -> None:
         assert [view["exit_status"] for view in views] == [0, 0, 3, 0]
 
 
+def test_a_kill_of_a_group_is_finished_by_the_next_server(own_server: Server) -> None:
+    """The server dies between the end of the leader and the SIGKILL for those who do not obey."""
+    stubborn = "(trap '' TERM; while :; do sleep 0.1; done) >/dev/null 2>&1 & echo $!; wait; echo no"
+    with own_server.api() as api:
+        box = api.create()
+        spared = api.output(box, "sleep 86 >/dev/null 2>&1 & echo $!").strip()
+        execution = api.start(box, stubborn)
+        with api.stream(box, execution) as events:
+            child = next(events).output.strip()
+        path = f"/v1/devboxes/{box}/executions/{execution}/kill"
+        assert api.call("POST", path, {"kill_process_group": True})["exit_status"] == 143
+    own_server.restart()
+    with own_server.api() as api:
+        assert api.run(box, f"while kill -0 {child} 2>/dev/null; do sleep 0.1; done")["exit_status"] == 0
+        assert api.run(box, f"kill -0 {spared}")["exit_status"] == 0, "nobody asked for its end"
+
+
 def test_a_life_that_ends_while_the_server_is_down(own_server: Server) -> None:
     with own_server.api() as api:
         short = api.create(launch_parameters={"keep_alive_time_seconds": 4})

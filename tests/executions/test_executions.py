@@ -265,8 +265,9 @@ def test_kill_of_the_group_ends_the_children_too(api: Api, box: str) -> None:
     assert api.run(box, f"kill -0 {child}")["exit_status"] == 1
 
 
-def test_kill_of_the_group_insists_on_those_that_outlive_their_leader(api: Api, box: str) -> None:
-    execution = api.start(box, "(trap '' TERM; while :; do sleep 0.1; done) & echo $!; wait; echo no")
+@pytest.mark.parametrize("output", ["", ">/dev/null 2>&1"])
+def test_kill_of_the_group_insists_on_those_that_outlive_their_leader(api: Api, box: str, output: str) -> None:
+    execution = api.start(box, f"(trap '' TERM; while :; do sleep 0.1; done) {output} & echo $!; wait; echo no")
     with api.stream(box, execution) as events:
         child = next(events).output.strip()
     view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill", {"kill_process_group": True})
