@@ -267,7 +267,7 @@ def test_an_agent_that_cannot_be_used_ends_the_box(scene: Scene) -> None:
 def test_silence_keeps_nobody_waiting(scene: Scene) -> None:
     """Each request is answered although the agent never does, sooner than the patience of clients ends."""
     with scene.boxes(
-        "silent_spawn", "silent_read", "silent_write", "silent_rename", "silent_stdin", "silent_signal",
+        "silent_spawn", "silent_read", "silent_write", "silent_rename", "silent_stdin", "silent_end",
         "read_dumb_pipe", "write_full_pipe",
     ) as boxes:  # fmt: skip
         spawn, read, write, rename, stdin, signal, dumb, full = boxes

@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-HELLO, SPAWN, SIGNAL, STDIN, READ, WRITE, RENAME, UNLINK, LIST, ACK = 1, 2, 3, 4, 5, 6, 7, 8, 14, 15
+HELLO, SPAWN, SIGNAL, STDIN, READ, WRITE, RENAME, UNLINK, LIST, ACK, END, ROOM = 1, 2, 3, 4, 5, 6, 7, 8, 14, 15, 16, 17
 OK, ERROR, FD, ENTRY, EXIT, STALL = 128, 129, 130, 131, 132, 133
 NAMES = {
     HELLO: "hello", SPAWN: "spawn", SIGNAL: "signal", STDIN: "stdin", READ: "read", WRITE: "write", RENAME: "rename",
-    UNLINK: "unlink", LIST: "list", ACK: "ack",
+    UNLINK: "unlink", LIST: "list", ACK: "ack", END: "end", ROOM: "room",
 }  # fmt: skip
 FOREVER = 1 << 20
 KEEP_SIZE, PUNCH_HOLE = 1, 2
@@ -109,6 +109,10 @@ def hello(request: Request) -> None:
 
 def proper(request: Request) -> None:
     request.ok()
+
+
+def room(request: Request) -> None:
+    request.ok(1000)
 
 
 def spawn(request: Request) -> None:
@@ -454,7 +458,7 @@ def stdin_far_ahead(request: Request) -> None:
 
 HANDLERS = {
     "hello": hello, "list": proper, "spawn": spawn, "signal": proper, "stdin": proper, "read": read, "write": write,
-    "rename": proper, "unlink": proper, "ack": proper,
+    "rename": proper, "unlink": proper, "ack": proper, "end": proper, "room": room,
 }  # fmt: skip
 
 
