@@ -61,11 +61,11 @@ class Readiness:
 
     def starting(self, reason: str) -> None:
         """Clients shall ask again and again."""
-        self.state = Unready("starting", reason, hold_s=1.0)
+        self.state = Unready(reason, hold_s=1.0)
 
     def stopping(self) -> None:
         """Clients shall come again when the next server may be there."""
-        self.state = Unready("stopping", "the server stops; it is back soon", hold_s=0.5, retry_after=STOPPING_S)
+        self.state = Unready("the server stops; it is back soon", hold_s=0.5, retry_after=STOPPING_S)
 
     def progress(self, done: float, text: str) -> None:
         """Show how far the default image has come."""

@@ -45,6 +45,18 @@ async def test_bodies_parameters_and_answers_have_their_shapes(web: Web) -> None
     assert references <= set(described["components"]["schemas"])
 
 
+async def test_every_error_that_can_come_is_named(web: Web) -> None:
+    described = await document(web)
+    once = described["paths"]["/v1/things"]["post"]["responses"]
+    assert set(once) == {"200", "400", "401", "408", "409", "413", "415", "421", "500", "503"}
+    named = described["paths"]["/v1/things/{thing_id}"]["get"]["responses"]
+    assert set(named) == {"200", "400", "401", "404", "421", "500", "503"}
+    assert "503" in described["paths"]["/healthz"]["get"]["responses"]
+    assert "401" not in described["paths"]["/healthz"]["get"]["responses"]
+    for error in described["components"]["responses"].values():
+        assert error["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+
+
 async def test_the_page_needs_nothing_from_elsewhere(web: Web) -> None:
     client = await web.client("")
     answer = await client.get("/docs", headers={"authorization": ""})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 from urllib.parse import quote
 
 import msgspec
@@ -42,9 +43,16 @@ class DownloadFile(msgspec.Struct, frozen=True):
     path: str
 
 
+class UploadFile(msgspec.Struct, frozen=True):
+    """The parts of an upload: where the file goes, and its bytes."""
+
+    path: str
+    file: Annotated[str, msgspec.Meta(extra_json_schema={"format": "binary"})]
+
+
 async def read_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: ReadFile
-) -> Response:
+) -> Annotated[Response, "text/plain", 403, 429, 504]:
     """The file as text/plain, byte for byte; up to 100 MB."""
     places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.file_path)
@@ -61,7 +69,7 @@ async def read_file_contents(
 
 async def write_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
-) -> Response:
+) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
     """Create or replace a file with this text; missing parent directories are made."""
     content = body.contents.encode()
     if len(content) > TEXT_LIMIT:
@@ -74,7 +82,7 @@ async def write_file_contents(
 
 async def upload_file(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str
-) -> Response:
+) -> Annotated[Response, 403, 429, 504, 507]:
     """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed."""
     box = await _box(devboxes, boxes, call, devbox_id)
     upload = Upload(call.request)
@@ -85,7 +93,7 @@ async def upload_file(
 
 async def download_file(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: DownloadFile
-) -> Response:
+) -> Annotated[Response, "application/octet-stream", 403, 429, 504]:
     """The file's bytes, streamed, as an attachment."""
     places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from starlette.responses import Response
 
@@ -13,6 +15,7 @@ from devboxd.executions.output import lines_wanted
 from devboxd.executions.running import Executions
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
 from devboxd.executions.views import (
+    Chunk,
     Execute,
     ExecuteAsync,
     ExecuteSync,
@@ -45,7 +48,7 @@ async def execute(
     devbox_id: str,
     body: Execute,
     last_n: str | None = None,
-) -> ExecutionView:
+) -> Annotated[ExecutionView, 429]:
     """Run a command and wait at most `optimistic_timeout` seconds (24 at most) for its end; it is never stopped."""
     lines = lines_wanted(last_n)
     _no_stdin(body.attach_stdin)
@@ -60,7 +63,7 @@ async def execute(
 
 async def execute_async(
     devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteAsync
-) -> ExecutionView:
+) -> Annotated[ExecutionView, 429]:
     """Start a command and return at once; with `attach_stdin` it reads what send_std_in gives it."""
     await _usable(devboxes, call, devbox_id)
     row = await executions.start(
@@ -76,7 +79,7 @@ async def execute_async(
 
 async def execute_sync(
     devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteSync
-) -> ExecutionDetailView:
+) -> Annotated[ExecutionDetailView, 429]:
     """Run a command to its end, however long that takes."""
     _no_stdin(body.attach_stdin)
     await _usable(devboxes, call, devbox_id)
@@ -162,7 +165,7 @@ async def stream_stdout_updates(
     devbox_id: str,
     execution_id: str,
     offset: str | None = None,
-) -> Response:
+) -> Annotated[Response, "text/event-stream", Chunk, 429]:
     """Events with the standard output from byte `offset` on, until the execution has completed."""
     return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stdout", offset)
 
@@ -175,7 +178,7 @@ async def stream_stderr_updates(
     devbox_id: str,
     execution_id: str,
     offset: str | None = None,
-) -> Response:
+) -> Annotated[Response, "text/event-stream", Chunk, 429]:
     """Events with the standard error from byte `offset` on, until the execution has completed."""
     return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stderr", offset)
 

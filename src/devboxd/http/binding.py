@@ -29,7 +29,8 @@ class Route:
 
     `scope` is what a restricted key needs, such as "devboxes:read"; "" is public and needs no key. `once`: a POST
     with an effect, done once per x-request-id. `streamed`: the handler reads `call.request.stream()` by itself and
-    `body_limit` (bytes) does not bind. `waits`: the answer is held until something is so, and 408 says "ask again".
+    `body_limit` (bytes) does not bind; `form` describes the parts of its multipart body. `waits`: the answer is held
+    until something is so, and 408 says "ask again".
     """
 
     method: str
@@ -40,6 +41,7 @@ class Route:
     streamed: bool = False
     waits: bool = False
     body_limit: int = BODY_LIMIT
+    form: type[msgspec.Struct] | None = None
 
 
 def path_names(path: str) -> tuple[str, ...]:

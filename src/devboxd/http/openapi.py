@@ -1,4 +1,8 @@
-"""The OpenAPI 3.1 description, made from the same table that serves."""
+"""The OpenAPI 3.1 description, made from the same table that serves.
+
+What a handler answers is told by the annotation of its return: the type of the view, or `Response`; `Annotated` adds
+to a Response its media type or the view that it carries, and codes of refusals that do not follow from the row.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,29 @@ import devboxd
 from devboxd.http.binding import Operation, Parameter
 
 _REF = "#/components/schemas/{name}"
+_JSON = "application/json"
+_EVENTS = "text/event-stream"
+_ERROR = {
+    "type": "object",
+    "required": ["code", "message"],
+    "properties": {"code": {"type": "integer"}, "message": {"type": "string"}},
+}
+_ERRORS = {
+    400: "The request is wrong; the message names what is",
+    401: "No valid key came with the request",
+    403: "The user of the devbox may not do this",
+    404: "There is no such thing, or it is somebody else's",
+    408: "The time for the body or for the wait is over; ask again",
+    409: "This was asked before in another form, and will not change",
+    413: "The body or the file is too large",
+    415: "The body is not application/json",
+    421: "The host name is not known here",
+    429: "A limit, which the message names, is reached; ask again later",
+    500: "A fault of the server; its log has the number that the message names",
+    503: "Not now; ask again, after `retry-after` seconds where that is told",
+    504: "A file of the devbox did not open in time",
+    507: "The disk of the devbox is full",
+}
 
 
 def document(operations: Sequence[Operation]) -> bytes:
@@ -31,17 +58,11 @@ def document(operations: Sequence[Operation]) -> bytes:
             "paths": paths,
             "components": {
                 "schemas": {"Error": _ERROR, **components},
+                "responses": {f"Error{code}": _error(text) for code, text in _ERRORS.items()},
                 "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
             },
         }
     )
-
-
-_ERROR = {
-    "type": "object",
-    "required": ["code", "message"],
-    "properties": {"code": {"type": "integer"}, "message": {"type": "string"}},
-}
 
 
 def tag(operation: Operation) -> str:
@@ -59,16 +80,35 @@ def summary(operation: Operation) -> tuple[str, str]:
 
 
 def body_type(operation: Operation) -> Any:
-    """The Struct of the body, or None."""
+    """The Struct of the body, of JSON or of a form, or None."""
     if operation.binding.body is None:
-        return None
+        return operation.route.form
     return next(part for part in _parts(operation.binding.body.kind) if part is not type(None))
 
 
 def answer_type(operation: Operation) -> Any:
-    """The Struct of the answer, or None when the handler returns nothing or a response of its own."""
-    structs = [part for part in _parts(operation.binding.returns) if _is_struct(part)]
-    return structs[0] if structs else None
+    """The Struct of the answer, or None."""
+    return next((part for part in _parts(operation.binding.returns) if _is_struct(part)), None)
+
+
+def media_type(operation: Operation) -> str:
+    """The type of an answer that is no error."""
+    return next((part for part in _parts(operation.binding.returns) if isinstance(part, str)), _JSON)
+
+
+def error_codes(operation: Operation) -> list[int]:
+    """Every code of an error that the operation may answer."""
+    route = operation.route
+    codes = {400, 421, 500, *(part for part in _parts(operation.binding.returns) if isinstance(part, int))}
+    if route.scope:
+        codes |= {401, 503}
+    if operation.binding.path_names:
+        codes.add(404)
+    if route.method != "GET":
+        codes |= {408} if route.streamed else {408, 413, 415}
+    if route.once:
+        codes.add(409)
+    return sorted(codes)
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:
@@ -92,12 +132,18 @@ def _describe(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
         described["description"] = text
     if not operation.route.scope:
         described["security"] = []
-    if (kind := body_type(operation)) is not None and operation.binding.body is not None:
-        described["requestBody"] = {
-            "required": not operation.binding.body.optional,
-            "content": {"application/json": {"schema": schemas[id(kind)]}},
-        }
+    if (kind := body_type(operation)) is not None:
+        described["requestBody"] = _body(operation, schemas[id(kind)])
     return described
+
+
+def _body(operation: Operation, schema: dict[str, Any]) -> dict[str, Any]:
+    body = operation.binding.body
+    if body is None:
+        return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    if body.optional:
+        schema = {"anyOf": [schema, {"type": "null"}]}
+    return {"required": not body.optional, "content": {_JSON: {"schema": schema}}}
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
@@ -118,13 +164,26 @@ def _query(parameter: Parameter) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
-    error = {
-        "description": "An error",
-        "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}},
+    media, kind = media_type(operation), answer_type(operation)
+    schema = {"type": "object" if media == _JSON else "string"} if kind is None else schemas[id(kind)]
+    if media == _EVENTS:
+        schema = _event(schema)
+    errors = {str(code): {"$ref": f"#/components/responses/Error{code}"} for code in error_codes(operation)}
+    return {"200": {"description": "Done", "content": {media: {"schema": schema}}}, **errors}
+
+
+def _event(schema: dict[str, Any]) -> dict[str, Any]:
+    """Each event carries one view; an event `error` carries an error and ends the stream."""
+    data = {"anyOf": [schema, {"$ref": _REF.format(name="Error")}]}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "event": {"enum": ["message", "error"]},
+            "data": {"type": "string", "contentMediaType": _JSON, "contentSchema": data},
+        },
     }
-    success: dict[str, Any] = {"description": "Done"}
-    if (kind := answer_type(operation)) is not None:
-        success["content"] = {"application/json": {"schema": schemas[id(kind)]}}
-    elif operation.binding.returns in (None, type(None)):
-        success["content"] = {"application/json": {"schema": {"type": "object"}}}
-    return {"200": success, "default": error}
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {_JSON: {"schema": {"$ref": _REF.format(name="Error")}}}}

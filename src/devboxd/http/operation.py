@@ -8,8 +8,9 @@ import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -34,6 +35,12 @@ _BODYLESS = ("GET", "HEAD", "OPTIONS")
 _log = structlog.get_logger()
 
 
+class Health(msgspec.Struct, frozen=True):
+    """That the server is ready; one that is not answers an error."""
+
+    status: str
+
+
 class Call:
     """One request as its handler sees it: the caller's account, the raw request, the door to de-duplication."""
 
@@ -47,13 +54,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Unready:
-    """Why /v1 is not served now: a word for the state, a reason in words, and how callers are sent away.
+    """Why /v1 is not served now: the reason in words, and how callers are sent away.
 
     They get 503, with `retry_after` (seconds) where it is known when to come again. Waits are held for `hold_s` and
     end with 408: the published wait loops take that for "ask again", and would raise a 503.
     """
 
-    state: str
     reason: str
     hold_s: float
     retry_after: int | None = None
@@ -169,13 +175,11 @@ class Application:
         return await self._desk.answer(key, fingerprint, work)
 
     def _find(self, method: str, path: str) -> tuple[Operation, list[str]]:
-        allowed: set[str] = set()
         for node, values in self._tree.find(path.split("/"), 1, []):
             if (operation := node.operations.get(method)) is not None:
                 return operation, values
-            allowed.update(node.operations)
-        if allowed:
-            raise _WrongMethod(method, path, sorted(allowed))
+            if node.operations:
+                raise _WrongMethod(method, path, sorted(node.operations))
         raise not_found(f"cannot find {_shown(path)}: there is no such path; /docs lists them all")
 
 
@@ -321,21 +325,17 @@ class _Node:
 
 
 def _own_routes(ready: Callable[[], Unready | None], operations: Callable[[], Sequence[Operation]]) -> list[Route]:
-    async def healthz() -> Response:
-        """Tell whether the server is ready to run commands.
-
-        200 when it is, 503 with the reason before.
-        """
-        if (unready := ready()) is None:
-            return Response(b'{"status":"ready"}', 200, media_type="application/json")
-        body = of_value({"status": unready.state, "reason": unready.reason}).body
-        return Response(body, 503, media_type="application/json")
+    async def healthz() -> Annotated[Health, 503]:
+        """Tell whether the server is ready to run commands; 503 with the reason when it is not."""
+        if (unready := ready()) is not None:
+            raise ApiError(503, f"cannot run commands now: {unready.reason}", retry_after=unready.retry_after)
+        return Health("ready")
 
     async def openapi_json() -> Response:
         """Give the description of all operations as OpenAPI 3.1."""
         return Response(openapi.document(operations()), media_type="application/json")
 
-    async def docs() -> Response:
+    async def docs() -> Annotated[Response, "text/html"]:
         """Give the same description as one web page."""
         return Response(docs_page.page(operations()), media_type="text/html", headers=docs_page.HEADERS)
 
