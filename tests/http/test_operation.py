@@ -235,6 +235,18 @@ async def test_a_body_that_stands_still_is_given_up(web: Web, monkeypatch: pytes
     refused(answer, 408)
 
 
+async def test_an_upload_that_stands_still_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("devboxd.http.operation._STALL_SECONDS", 0.05)
+    client = await web.client()
+
+    async def endless() -> Any:
+        yield b"begun"
+        await asyncio.Event().wait()
+
+    refused(await client.post("/v1/upload", content=endless()), 408)
+    assert web.things.uploads == []
+
+
 def test_handlers_that_do_not_fit_are_refused_at_start(web: Web) -> None:
     async def bare(call, x=1):  # type: ignore[no-untyped-def]
         return None

@@ -117,6 +117,10 @@ class Server:
         """How many file descriptors the server has open."""
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
+    def memory(self) -> int:
+        """Bytes of memory that are the server's own."""
+        return own_memory(self.pid)
+
     def agent(self, box: str) -> int:
         """The pid on this machine of a devbox's first process."""
         for members in CGROUPS.glob(f"**/boxes/{box}/cgroup.procs"):
@@ -162,6 +166,11 @@ class Server:
         assert self._process is not None
         self._process.send_signal(number)
         self._process.wait(seconds)
+
+
+def own_memory(pid: int) -> int:
+    """Bytes of memory that a process does not share with files."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]) << 10
 
 
 def free_port() -> int:

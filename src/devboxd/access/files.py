@@ -24,6 +24,8 @@ from devboxd.http.streams import wait
 BLOCK = 1 << 20
 SILENCE_S = 20.0
 """How long a pipe may neither give nor take: the child in the box that serves it may be hostile, or gone for good."""
+_SENT = 128 << 10
+"""How much of a file is read at a time for a client that may be slow: a few of these wait for it."""
 _MODE = 0o644
 _MAX_PATH = 4096
 
@@ -61,7 +63,7 @@ class OpenFile:
         """
         left, sent = self.size, 0
         while left is None or left > 0:
-            data = await self.read(BLOCK if left is None else min(BLOCK, left))
+            data = await self.read(_SENT if left is None else min(_SENT, left))
             if not data:
                 break
             left = None if left is None else left - len(data)

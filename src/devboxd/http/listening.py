@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from granian._granian import SocketHolder
 from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
 from starlette.types import ASGIApp
 
@@ -22,6 +23,8 @@ from devboxd.errors import SetupError
 
 _BACKLOG = 2048
 _BACKPRESSURE = 4096
+_UNSENT = 64 * 1024
+"""Bytes of an answer that wait for a slow client, beside a few blocks on their way there."""
 _PORT_MAX = 65535
 _LISTEN = "0A"
 
@@ -66,6 +69,8 @@ class HttpServer(Server):
             websockets=False,
             backlog=_BACKLOG,
             backpressure=_BACKPRESSURE,
+            http1_settings=HTTP1Settings(max_buffer_size=_UNSENT),
+            http2_settings=HTTP2Settings(max_send_buffer_size=_UNSENT),
             log_enabled=False,
         )
         self._listener = listener
