@@ -39,11 +39,11 @@ def test_a_pending_migration_copies_the_store_first(tmp_path: Path, monkeypatch:
     path = _older_store(tmp_path)
     _pretend_a_next_revision(monkeypatch, fails=False)
     Store.open(path).close()
-    copy = tmp_path / f"{FILE_NAME}.before-0002"
+    copy = tmp_path / f"{FILE_NAME}.before-9999"
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     with sqlite3.connect(copy) as raw:
         assert raw.execute("SELECT id FROM accounts").fetchall() == [("acc_1",)]
-        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == (HEAD,)
     raw.close()
     with sqlite3.connect(path) as raw:
         assert raw.execute("SELECT more FROM accounts").fetchall() == [(None,)]
@@ -57,7 +57,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
         Store.open(path)
     with sqlite3.connect(path) as raw:
         assert "more" not in {row[1] for row in raw.execute("PRAGMA table_info(accounts)")}
-        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == ("0001",)
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchone() == (HEAD,)
     raw.close()
 
 
@@ -67,6 +67,17 @@ def test_many_processes_may_open_a_new_store_at_once(tmp_path: Path) -> None:
     )
     children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [child.wait(60) for child in children] == [0] * 4
+
+
+def test_a_store_of_each_earlier_revision_is_migrated(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    with sqlite3.connect(path) as raw:
+        raw.executescript((Path(__file__).parent / "store-0001.sql").read_text())
+    raw.close()
+    store = Store.open(path)
+    context = MigrationContext.configure(store._writer, opts={"compare_type": True, "compare_server_default": True})
+    assert compare_metadata(context, metadata) == []
+    store.close()
 
 
 def _older_store(tmp_path: Path) -> Path:
@@ -83,7 +94,7 @@ def _pretend_a_next_revision(monkeypatch: pytest.MonkeyPatch, *, fails: bool) ->
         connection.exec_driver_sql("ALTER TABLE accounts ADD COLUMN more TEXT")  # type: ignore[attr-defined]
         if fails:
             raise ZeroDivisionError
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0002'")  # type: ignore[attr-defined]
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(db, "HEAD", "0002")
+    monkeypatch.setattr(db, "HEAD", "9999")
     monkeypatch.setattr(migrations, "upgrade", upgrade)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, text, update
 
-from devboxd.devboxes.states import LIVE, Status
+from devboxd.devboxes.states import Status
 from devboxd.devboxes.views import DevboxView, LaunchParameters, StateTransition
 from devboxd.store.schema import devboxes as table
 
@@ -59,7 +59,10 @@ _JSON = {
     "file_mounts": dict[str, str],
 }
 _ONE = select(table).where(table.c.id == bindparam("id"))
-_LIVE = select(table).where(table.c.status.in_([*LIVE]) | ~table.c.disk_freed).order_by(table.c.id)
+_UNFREED = text("NOT disk_freed")
+"""In the words of an index, as below: so what has ended is not looked at."""
+_UNSWEPT = text("NOT swept AND disk_freed")
+_LIVE = select(table).where(_UNFREED).order_by(table.c.id)
 _INSERT = insert(table)
 
 
@@ -95,15 +98,13 @@ def change(connection: Connection, devbox: Devbox, **values: Any) -> Devbox:
 
 
 def unfinished(connection: Connection) -> list[Devbox]:
-    """All devboxes that live according to the store, and ended ones whose disk was not freed yet; oldest first."""
+    """All devboxes that live, and ended ones whose disk was not freed yet; oldest first."""
     return [_record(row) for row in connection.execute(_LIVE)]
 
 
 def ended_before(connection: Connection, time_ms: int, after: str, limit: int) -> list[str]:
     """Ids above `after` of at most `limit` devboxes that ended before this time and still hold executions."""
-    query = select(table.c.id).where(
-        table.c.end_time_ms < time_ms, ~table.c.swept, table.c.disk_freed, table.c.id > after
-    )
+    query = select(table.c.id).where(_UNSWEPT, table.c.end_time_ms < time_ms, table.c.id > after)
     return [row.id for row in connection.execute(query.order_by(table.c.id).limit(limit))]
 
 

@@ -136,7 +136,8 @@ class Executions:
 
     async def remove(self, devbox_id: str) -> None:
         """Forget the executions and journals of a devbox that has ended."""
-        await self._store.write(lambda c: rows.remove(c, devbox_id))
+        while await self._store.write(lambda c: rows.remove(c, devbox_id)):
+            pass
         await asyncio.to_thread(self._journals.remove, devbox_id)
 
     def _register(self, box: Box, running: Running) -> None:

@@ -17,9 +17,16 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
 metadata = MetaData()
+
+
+def _partial(name: str, columns: list[str], condition: str) -> Index:
+    """An index of the rows for which something is so; a query uses it that asks for this in the same words."""
+    return Index(name, *columns, sqlite_where=text(condition), postgresql_where=text(condition))
+
 
 accounts = Table(
     "accounts",
@@ -77,6 +84,8 @@ devboxes = Table(
     Column("swept", Boolean, nullable=False),
     Index("devboxes_by_account", "account_id", "id"),
     Index("devboxes_by_status", "status"),
+    _partial("devboxes_unfreed", ["id"], "NOT disk_freed"),
+    _partial("devboxes_unswept", ["id", "end_time_ms"], "NOT swept AND disk_freed"),
 )
 """`prepared`: files and launch commands are done. `swept`: executions and journals were removed after retention."""
 
@@ -102,7 +111,9 @@ executions = Table(
     Column("create_time_ms", BigInteger, nullable=False),
     Column("end_time_ms", BigInteger),
     Index("executions_by_handle", "devbox_id", "handle", unique=True),
-    Index("executions_by_status", "devbox_id", "status"),
+    Index("executions_by_box", "devbox_id", "id"),
+    _partial("executions_by_shell", ["devbox_id", "shell_name", "id"], "shell_name IS NOT NULL"),
+    _partial("executions_unfinished", ["devbox_id", "id"], "status != 'completed'"),
 )
 """`handle` is the id on the wire: the caller's command_id for `execute`, else the own id. `purpose`: user, launch
 or entrypoint."""
