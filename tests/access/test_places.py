@@ -20,6 +20,6 @@ async def test_a_download_whose_place_was_taken_meanwhile_leaks_no_descriptor(tm
     descriptor = os.open(tmp_path / "f", os.O_RDONLY)
     places = Places(1)
     with places.taking(), pytest.raises(ApiError, match="cannot open another stream"):
-        await _sent(OpenFile(descriptor, pipe=False), places, "text/plain", {})
+        await _sent(OpenFile(descriptor, False, "f"), places, "text/plain", {})
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)

@@ -164,7 +164,7 @@ def _command(folder: Path, settings: Settings) -> list[str]:
     finish = 'chroot "$1" sh /devboxd-finish && rm "$1/devboxd-finish"'
     options = [f"--dpkgopt={line}" for line in recipe.DPKG_OPTIONS]
     return [
-        *("setpriv", "--pdeathsig", "KILL"),
+        *("setpriv", "--pdeathsig", "KILL", "sh", "-c", 'umask 022; exec "$@"', "sh"),
         *("unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"),
         *("mmdebstrap", "--verbose", "--mode=root", "--format=directory", "--variant=minbase"),
         f"--include={','.join(recipe.PACKAGES)}",
@@ -190,7 +190,6 @@ async def _run(command: list[str], lock: int, tell: Progress) -> None:
         env=environment,
         pass_fds=(lock,),
         start_new_session=True,
-        umask=0o022,
         limit=1 << 20,
     )
     assert process.stdout is not None
