@@ -206,6 +206,9 @@ class Bench:
         begun = time.perf_counter()
         views = asyncio.run(together(self.server.port, self.server.key, ((NEW, {}) for _ in range(500)), 16))
         boxes = [str(view["id"]) for view in views]
+        for view in views:
+            if view["status"] != "running":
+                raise RuntimeError(f"cannot go on: a devbox is {view['status']}: {view['state_transitions']}")
         paths = ((f"/v1/devboxes/{box}/execute", execute()) for box in boxes)
         ended = asyncio.run(together(self.server.port, self.server.key, paths, 16))
         took = time.perf_counter() - begun

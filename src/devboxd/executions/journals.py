@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,13 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from devboxd.agent.descriptors import XFS, filesystem_type
+from devboxd.inodes import append_only, spread
 
 Stream = Literal["stdout", "stderr"]
 
 BLOCK = 64 * 1024
-_FS_IOC_GETFLAGS = 0x80086601
-_FS_IOC_SETFLAGS = 0x40086602
-_FS_APPEND_FL = 0x20
 _PUNCH_HOLE_KEEP_SIZE = 0x03
 _SLACK = 1 << 20
 """Bytes past the cap for what file systems round up to and for the server's own words."""
@@ -41,6 +38,7 @@ class Journals:
         self._prefix = f"{folder}/"  # plain text: joining a Path costs as much as opening the file
         self.cap = cap
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spread(folder)
         self._most = cap * (_XFS_AHEAD if _on_xfs(folder) else 1) + _SLACK
 
     def path(self, devbox_id: str, execution_id: str, stream: str) -> Path:
@@ -81,8 +79,8 @@ class Journals:
 
             out = opened("stdout", os.O_WRONLY | os.O_APPEND)
             err = opened("stderr", os.O_WRONLY | os.O_APPEND)
-            _append_only(out, True)
-            _append_only(err, True)
+            append_only(out, True)
+            append_only(err, True)
             yield out, err, opened("stdin", os.O_RDONLY) if stdin else None
 
     def remove_spool(self, devbox_id: str, execution_id: str) -> None:
@@ -215,17 +213,6 @@ def _free(path: str | Path) -> None:
     """Let a journal be cut and deleted again."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        _append_only(descriptor, False)
+        append_only(descriptor, False)
     finally:
         os.close(descriptor)
-
-
-def _append_only(descriptor: int, on: bool) -> None:
-    """Set or clear the append-only flag; `devboxd doctor` says where the file system has none."""
-    buffer = bytearray(8)
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(descriptor, _FS_IOC_GETFLAGS, buffer)
-        flags = int.from_bytes(buffer, "little")
-        wanted = flags | _FS_APPEND_FL if on else flags & ~_FS_APPEND_FL
-        if wanted != flags:
-            fcntl.ioctl(descriptor, _FS_IOC_SETFLAGS, wanted.to_bytes(8, "little"))
