@@ -285,7 +285,9 @@ def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) 
     process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=null, stderr=null, env=environment)
     pidfd = os.pidfd_open(process.pid)
     try:
-        if not select.select([pidfd], [], [], _START_SECONDS)[0]:
+        ended = select.poll()  # select() knows no descriptors past 1023
+        ended.register(pidfd, select.POLLIN)
+        if not ended.poll(1000 * _START_SECONDS):
             process.kill()
     finally:
         os.close(pidfd)
