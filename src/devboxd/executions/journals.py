@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from devboxd.agent.descriptors import XFS, filesystem_type
-from devboxd.inodes import append_only, spread
+from devboxd.engine.inodes import append_only, spread
 
 Stream = Literal["stdout", "stderr"]
 
