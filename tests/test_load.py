@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,7 +24,7 @@ from devboxd.ids import new_id
 from devboxd.store.db import FILE_NAME, Store
 from devboxd.store.schema import executions
 from support.api import Api
-from support.leftovers import leftovers
+from support.leftovers import descriptors, leftovers
 from support.raw import exchange, request
 from support.server import Server, own_memory
 
@@ -271,8 +270,7 @@ def _settled(server: Server) -> dict[str, int]:
 def _held(server: Server) -> dict[str, int]:
     """How much of each kind the server has on the machine."""
     kinds = Counter(text.split()[0] for text in leftovers(server.state))
-    process = Path(f"/proc/{server.pid}")
-    targets = [os.readlink(path) for path in (process / "fd").iterdir()]
+    targets = descriptors(server.pid).values()
     return {
         **kinds,
         "descriptors": len(targets),

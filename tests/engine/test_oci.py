@@ -22,6 +22,7 @@ from devboxd.engine import cgroups
 from devboxd.engine.base import EngineError, Image, Resources
 from devboxd.errors import SetupError
 from support.engine import Host
+from support.leftovers import descriptors
 
 pytestmark = [pytest.mark.anyio, pytest.mark.box]
 
@@ -82,14 +83,10 @@ async def test_no_mount_of_a_box_is_on_the_host(host: Host) -> None:
 
 async def test_nothing_of_the_server_is_open_in_pid_1(host: Host) -> None:
     box = await host.box()
-    opened = {path.name: os.readlink(path) for path in Path(f"/proc/{box.pid}/fd").iterdir()}
+    opened = descriptors(box.pid)
     assert {opened.pop(name) for name in "012"} == {"/dev/null"}
     assert opened.pop("3").startswith("socket:")
-    own = {
-        os.readlink(f"/proc/self/fd/{name}")
-        for name in os.listdir("/proc/self/fd")
-        if Path(f"/proc/self/fd/{name}").exists()
-    }
+    own = set(descriptors("self").values())
     assert not own & {target for target in opened.values() if not target.startswith("anon_inode:")}
 
 
@@ -318,19 +315,21 @@ async def test_cancelling_create_leaves_nothing(host: Host) -> None:
 
 
 _MAKER = """
-import asyncio, sys
+import asyncio, os, sys
 from pathlib import Path
 from devboxd.engine.base import Image
 from support.engine import Host
+def tell(line):
+    os.write(1, line.encode() + b"\\n")  # one write: a line is whole or not there, whenever the end comes
 async def main():
     host = Host(Image("test", tuple(map(Path, sys.argv[3:]))), Path(sys.argv[1]), runtime=sys.argv[2])
     await host.open()
-    print("open", flush=True)
+    tell("open")
     while True:
         box = await host.box()
-        print("made", box.id, flush=True)
+        tell(f"made {box.id}")
         if len(host.boxes) % 2 == 0:
-            print("going", box.id, flush=True)
+            tell(f"going {box.id}")
             await host.engine.destroy(box.id)
 asyncio.run(main())
 """

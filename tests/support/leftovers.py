@@ -52,6 +52,15 @@ def claim_of(state: Path) -> Path | None:
     return None
 
 
+def descriptors(pid: int | str) -> dict[str, str]:
+    """What a process has open: number to target. One that is closed while we look is not open."""
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[path.name] = os.readlink(path)
+    return found
+
+
 def _mounts() -> Iterator[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         yield line.split()[4]
