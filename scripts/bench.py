@@ -256,7 +256,7 @@ class Bench:
         )  # fmt: skip
 
     def _until_gone(self, boxes: list[str]) -> None:
-        folder = self.server.state / "boxes"
+        folder = self.server.boxes
         deadline = time.monotonic() + 120
         while any((folder / box).exists() for box in boxes):
             if time.monotonic() > deadline:

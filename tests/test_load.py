@@ -262,7 +262,7 @@ async def _churned(server: Server, rounds: int) -> None:
 def _settled(server: Server) -> dict[str, int]:
     """What is held once all devboxes are freed and the pool is full: it does not change any more."""
     held: list[dict[str, int]] = []
-    _until(lambda: not os.listdir(server.state / "boxes"), "all devboxes are freed", 120)
+    _until(lambda: not os.listdir(server.boxes), "all devboxes are freed", 120)
     _until(lambda: held.append(_held(server)) or (len(held) > 10 and len({str(h) for h in held[-10:]}) == 1), "at rest")
     return held[-1]
 

@@ -46,13 +46,14 @@ def test_two_state_folders_share_nothing(tmp_path: Path, run: Path, etc: Path) -
     assert one.directory != two.directory
 
 
-def with_box(state: Path) -> Path:
-    (state / "boxes" / "dbx_1").mkdir(parents=True)
-    return state
+def claim_with_box(state: Path, run: Path, etc: Path) -> instance.Instance:
+    made = instance.claim(state, run, etc)
+    (made.directory / "boxes" / "dbx_1").mkdir(parents=True)
+    return made
 
 
 def test_second_server_on_a_state_folder_names_the_first(tmp_path: Path, run: Path, etc: Path) -> None:
-    first = instance.claim(with_box(tmp_path / "one"), run, etc)
+    first = claim_with_box(tmp_path / "one", run, etc)
     with pytest.raises(SetupError, match=f"cannot use the state folder .* pid {os.getpid()} uses it"):
         instance.claim(tmp_path / "one", run, etc)
     first.close()
@@ -78,7 +79,7 @@ def test_killed_server_frees_its_folder_and_the_next_one_gets_the_same_share(
 
 
 def test_claim_of_a_dead_server_is_kept_for_its_state_folder(tmp_path: Path, run: Path, etc: Path) -> None:
-    first = instance.claim(with_box(tmp_path / "one"), run, etc)
+    first = claim_with_box(tmp_path / "one", run, etc)
     first.close()
     other = instance.claim(tmp_path / "two", run, etc)
     assert other.id != first.id
@@ -86,7 +87,7 @@ def test_claim_of_a_dead_server_is_kept_for_its_state_folder(tmp_path: Path, run
 
 @pytest.mark.usefixtures("names")
 def test_claim_without_state_folder_is_given_away(tmp_path: Path, run: Path, etc: Path) -> None:
-    first = instance.claim(with_box(tmp_path / "one"), run, etc)
+    first = claim_with_box(tmp_path / "one", run, etc)
     first.close()
     (tmp_path / "one").rename(tmp_path / "moved")
     second = instance.claim(tmp_path / "two", run, etc)
@@ -96,7 +97,7 @@ def test_claim_without_state_folder_is_given_away(tmp_path: Path, run: Path, etc
 
 @pytest.mark.usefixtures("names")
 def test_claim_without_state_folder_is_kept_while_a_box_lives(tmp_path: Path, run: Path, etc: Path) -> None:
-    first = instance.claim(with_box(tmp_path / "one"), run, etc)
+    first = claim_with_box(tmp_path / "one", run, etc)
     first.close()
     (tmp_path / "one").rename(tmp_path / "moved")
     group = own_cgroup(ROOT / "pids" if (ROOT / "pids").exists() else ROOT, "pids") / f"t{os.getpid()}"

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.box
 
 
 def _folder(server: Server, box: str) -> Path:
-    return server.state / "boxes" / box
+    return server.boxes / box
 
 
 def _steal(server: Server, box: str) -> None:

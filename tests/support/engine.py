@@ -29,11 +29,11 @@ class Result:
 class Box:
     """A box made by a test, and the connection to its agent."""
 
-    def __init__(self, engine: OciEngine, box_id: str, state: Path) -> None:
+    def __init__(self, engine: OciEngine, box_id: str, owner: instance.Instance) -> None:
         self.engine = engine
         self.id = box_id
-        self.folder = state / "boxes" / box_id
-        self.upper = state / "disks" / box_id / "upper"
+        self.folder = owner.directory / "boxes" / box_id
+        self.upper = owner.state / "disks" / box_id / "upper"
         self._ends: dict[str, asyncio.Future[ExitEvent]] = {}
         self._client: AgentClient | None = None
 
@@ -111,7 +111,7 @@ class Host:
 
     def known(self, box_id: str) -> Box:
         """A box that the engine has already."""
-        self.boxes.append(Box(self.engine, box_id, self.instance.state))
+        self.boxes.append(Box(self.engine, box_id, self.instance))
         return self.boxes[-1]
 
     def leftovers(self) -> list[str]:
@@ -126,5 +126,6 @@ class Host:
                         found.append(f"process {name}")
                 except OSError:
                     continue
-        folders = [self.instance.state / "boxes", self.instance.state / "disks", self.instance.directory / "runtime"]
+        own = self.instance.directory
+        folders = [own / "boxes", self.instance.state / "disks", own / "runtime"]
         return found + [str(path) for folder in folders if folder.exists() for path in folder.iterdir()]

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from support.api import Api
-from support.leftovers import CGROUPS, leftovers
+from support.leftovers import CGROUPS, claim_of, leftovers
 
 PROGRAM = Path(sys.executable).with_name("devboxd")
 READY_S = 900.0
@@ -129,6 +129,13 @@ class Server:
                 if names.split()[-1] == "1":
                     return pid
         raise AssertionError(f"{box} has no first process")
+
+    @property
+    def boxes(self) -> Path:
+        """The folder with one folder for each box that has a trace on the machine."""
+        claim = claim_of(self.state)
+        assert claim is not None, "the server has no claim"
+        return claim / "boxes"
 
     def tail(self) -> str:
         """The last lines that the server wrote."""

@@ -52,6 +52,8 @@ _FAULTS_S = 300.0
 _MEASURE_S = 1.0
 _MEASURE_SHARE = 50
 """Measuring journals takes at most this part of the time."""
+_LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED})
+"""What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
 _SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _SWEEP_S = 3600.0
 _END_S = 1.0
@@ -292,7 +294,8 @@ class Devboxes:
                     values["shutdown_reason"] = move.shutdown_reason
                     values["failure_reason"] = failure.reason if failure else None
             if values:
-                life.update(await self._store.write(lambda c: rows.change(c, devbox, **values)))
+                change = partial(rows.change, devbox=devbox, **values)
+                life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
                 _log.info("devbox", id=devbox.id, was=devbox.status, status=move.status, by=event)
 
     def _begin(self, life: Life) -> None:
@@ -361,7 +364,6 @@ class Devboxes:
             raise EngineError("cannot make a devbox: there is no image yet; run `devboxd image build`")
         spec = BoxSpec(devbox.id, "devbox-" + devbox.id[4:].lower(), self._image, resources(devbox.launch_parameters))
         async with self._booting:
-            await self._engine.destroy(devbox.id)
             await self._engine.create(spec)
         await self._happen(life, Event.BOOTED)
 
@@ -446,7 +448,7 @@ class Devboxes:
             try:
                 async with life.lock:
                     freed = partial(rows.change, devbox=life.devbox, disk_freed=True)
-                    life.update(await self._store.write(freed))
+                    life.update(await self._store.write(freed, synced=False))
                 break
             except StoreError as full:
                 _log.error("cannot store that a devbox is freed; trying again", id=devbox.id, error=str(full))

@@ -58,7 +58,7 @@ class Instance:
 
     def close(self) -> None:
         """Let go of the state folder, and of the claim too unless there are boxes."""
-        boxes = self.state / "boxes"
+        boxes = self.directory / "boxes"
         with contextlib.ExitStack() as brief:
             _lock(self.directory.parent / "lock", brief, wait=True)
             if not (boxes.is_dir() and any(boxes.iterdir())):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from devboxd.engine.base import EngineError
+from devboxd.engine.blocking import finished
 from devboxd.engine.instance import IDS_PER_BOX, Instance
 from devboxd.engine.network import Link, Network
 
@@ -120,7 +123,7 @@ class Slots:
             )
         index = self._free.popleft()
         try:
-            user, net = await _make_namespaces(self._instance.uid_base(index))
+            user, net = await finished(partial(_make_namespaces, self._instance.uid_base(index)))
             try:
                 link = await self._network.attach(index, Path(f"/proc/{os.getpid()}/fd/{net}"))
             except BaseException:
@@ -134,28 +137,23 @@ class Slots:
         return Slot(index, user, net, link)
 
 
-async def _make_namespaces(first_uid: int) -> tuple[int, int]:
+def _make_namespaces(first_uid: int) -> tuple[int, int]:
     """Descriptors of a new user namespace, ids mapped, and of the network namespace that it owns.
 
     A helper process makes them and ends when told; its echo shows that it has become a member.
     """
-    helper = await asyncio.create_subprocess_exec(
-        "unshare", "--user", "--net", "cat", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    assert helper.stdin is not None and helper.stdout is not None  # noqa: PT018
-    try:
-        helper.stdin.write(b"x")
-        if not await helper.stdout.read(1):
-            _, errors = await helper.communicate()
+    command = ("unshare", "--user", "--net", "cat")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as helper:
+        assert helper.stdin is not None and helper.stdout is not None and helper.stderr is not None  # noqa: PT018
+        with contextlib.suppress(BrokenPipeError):
+            helper.stdin.write(b"x")
+        if not helper.stdout.read(1):
             raise EngineError(
-                f"cannot make namespaces for a box: {errors.decode(errors='replace').strip()}; "
+                f"cannot make namespaces for a box: {helper.stderr.read().decode(errors='replace').strip()}; "
                 "allow them with sysctl user.max_user_namespaces and user.max_net_namespaces"
             )
         return _adopt(helper.pid, first_uid)
-    finally:
-        helper.stdin.close()
-        await helper.wait()
 
 
 def _adopt(pid: int, first_uid: int) -> tuple[int, int]:

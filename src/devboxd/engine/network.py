@@ -170,18 +170,15 @@ def _forward_packets() -> None:
 def _connect(link: Link, netns: Path, routes: int) -> None:
     ip(
         f"link add {link.interface} address {_GATEWAY_MAC} type veth peer name eth0 address {_BOX_MAC} netns {netns}",
-        f"link set {link.interface} arp off addrgenmode none",
+        f"link set {link.interface} up arp off addrgenmode none",
+        f"neigh replace {link.address} lladdr {_BOX_MAC} dev {link.interface} nud permanent",
+        f"route replace {link.address}/32 dev {link.interface} table {routes}",
     )
     _set(f"ipv4/conf/{link.interface}/route_localnet", "0")
     _set(f"ipv4/conf/{link.interface}/rp_filter", "1")
     _set(f"ipv4/conf/{link.interface}/src_valid_mark", "1")
     _set(f"ipv6/conf/{link.interface}/accept_ra", "0")
     _set(f"ipv6/conf/{link.interface}/disable_ipv6", "1")
-    ip(
-        f"link set {link.interface} up",
-        f"neigh replace {link.address} lladdr {_BOX_MAC} dev {link.interface} nud permanent",
-        f"route replace {link.address}/32 dev {link.interface} table {routes}",
-    )
     inside(netns, lambda: _configure(link))
 
 

@@ -1,10 +1,12 @@
 """Boxes by an OCI runtime: crun, or runc by a setting. What exists of a box, in the order of its making:
 
 a slot (ids, network)     held by the server's descriptors until the box holds it
-<state>/boxes/<box>/      config.json, agent.sock, runtime.log; box.json last: without it the box is half made
-<state>/disks/<box>/      its writable layer
-cgroups                   named by the box
-<run>/<instance>/runtime  the runtime's own state
+<run>/<instance>/boxes/<box>  config.json, agent.sock, runtime.log; box.json last: without it the box is half made
+<state>/disks/<box>           its writable layer
+cgroups                       named by the box
+<run>/<instance>/runtime      the runtime's own state
+
+The first is made first and removed last: without it nothing else of the box is there, as long as the machine runs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -30,6 +33,7 @@ from devboxd.agent import agent_binary
 from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError
+from devboxd.engine.blocking import finished
 from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
@@ -79,7 +83,7 @@ class OciEngine:
         self._instance = instance
         self._network = network
         self._agent = instance.state / "agent"
-        self._boxes = instance.state / "boxes"
+        self._boxes = instance.directory / "boxes"
         self._place = instance.directory / "mnt"
         self._states = instance.directory / "runtime"
         self._slots = Slots(instance, network, settings.pool_size)
@@ -121,13 +125,12 @@ class OciEngine:
         self._disks.close()
 
     async def create(self, spec: BoxSpec) -> None:
-        """Make and start a box. A living box of this id is left as it is; a half-made one is removed first."""
-        if record := self._record(spec.box_id):
-            if record.lives():
-                return
-            raise EngineError(f"cannot make the box {spec.box_id}: it has ended already; destroy it first")
+        """Make and start a box. A living box of this id is left as it is; what is left of another is removed first."""
+        if (record := self._record(spec.box_id)) and record.lives():
+            return
         async with self._starts:
-            await self._remove(spec.box_id)
+            if (self._boxes / spec.box_id).exists():
+                await self.destroy(spec.box_id)
             slot = await self._slots.take()
             try:
                 await _in_own_thread(lambda: self._make(spec, slot))
@@ -272,11 +275,13 @@ class OciEngine:
         await self._cgroups.remove(box_id)
         if not self._is_crun and (self._states / box_id).exists():
             command = (self._runtime, "--root", str(self._states), "delete", "--force", box_id)
-            process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-            await process.wait()
-        await asyncio.to_thread(shutil.rmtree, self._states / box_id, ignore_errors=True)
-        await self._disks.remove(box_id)
-        await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+            await finished(partial(subprocess.run, command, stderr=subprocess.DEVNULL, check=False))
+        await finished(partial(self._remove_folders, box_id))
+
+    def _remove_folders(self, box_id: str) -> None:
+        shutil.rmtree(self._states / box_id, ignore_errors=True)
+        self._disks.remove(box_id)
+        shutil.rmtree(self._boxes / box_id, ignore_errors=True)
 
 
 def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int:

@@ -6,9 +6,9 @@ images are never copied or chowned. All mounts are made in a mount namespace of 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -54,16 +54,15 @@ class Disks:
         """The boxes that have a disk."""
         return {path.name for path in self.folder.iterdir()}
 
-    async def remove(self, box_id: str) -> None:
+    def remove(self, box_id: str) -> None:
         """Delete a disk, however deep a box has nested its folders; none is no error. Raises EngineError."""
         disk = self.folder / box_id
         if not disk.exists():
             return
         command = ("rm", "-rf", "--one-file-system", "--", str(disk))
-        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-        _, errors = await process.communicate()
-        if process.returncode:
-            reason = errors.decode(errors="replace").strip().splitlines()[-1:]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise EngineError(f"cannot delete the disk {disk}: {' '.join(reason)}; look at the disk's health")
 
 
