@@ -321,6 +321,7 @@ from devboxd.engine.base import Image
 from support.engine import Host
 def tell(line):
     os.write(1, line.encode() + b"\\n")  # one write: a line is whole or not there, whenever the end comes
+sys.stdout = sys.stderr  # for the log
 async def main():
     host = Host(Image("test", tuple(map(Path, sys.argv[3:]))), Path(sys.argv[1]), runtime=sys.argv[2])
     await host.open()

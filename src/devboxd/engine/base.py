@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ class Resources:
     cpu_cores: float
     memory_bytes: int
     pids: int = 1024
+    disk_bytes: int = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class BoxSpec:
     hostname: str
     image: Image
     resources: Resources
+    snapshot_id: str | None = None
+    """Where its disk begins, when that is not the image alone."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,47 @@ class BoxEnd:
 class Engine(Protocol):
     """Boxes that outlive the server. Every method may be called again after a crash; none leaves half a box."""
 
-    async def open(self) -> None:
-        """Claim this machine's ranges under a lock, remove what dead servers left behind, fill the pools."""
+    async def open(self, kept: Collection[str] = ()) -> None:
+        """Claim this machine's ranges under a lock, remove what dead servers left behind, fill the pools.
+
+        `kept` are the boxes whose disks stay, whatever became of the boxes themselves.
+        """
 
     async def close(self) -> None:
         """Give back pools and locks; living boxes stay."""
 
     async def create(self, spec: BoxSpec) -> None:
-        """Make and start a box; when this returns, its agent accepts at `agent_socket`. Raises EngineError."""
+        """Make and start a box; when this returns, its agent accepts at `agent_socket`. Raises EngineError.
+
+        A box that was stopped starts from the disk that it left.
+        """
+
+    async def stop(self, box_id: str) -> None:
+        """Kill everything in the box and free what it held but its disk and its address. Unknown boxes are no error."""
+
+    async def resize(self, box_id: str, resources: Resources) -> None:
+        """Give a living box other limits. Raises EngineError."""
+
+    async def freeze(self, box_id: str) -> None:
+        """Stop all processes of a box where they are; they keep their memory. Raises EngineError."""
+
+    async def thaw(self, box_id: str) -> None:
+        """Let them go on."""
+
+    async def snapshot(self, box_id: str, snapshot_id: str) -> None:
+        """Keep the disk of a box as it is at this instant. Raises EngineError."""
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Delete it; boxes that began from it stay as they are. An unknown one is no error."""
+
+    async def snapshots(self) -> set[str]:
+        """The snapshots that are whole."""
+
+    def disk_used(self, name: str) -> int | None:
+        """Bytes on the disk of a box, or in a snapshot, over its image; None where that is not known."""
+
+    def short_of(self) -> str | None:
+        """Why the machine has no room for another box, None when it has."""
 
     async def destroy(self, box_id: str) -> None:
         """Kill everything in the box and free all that it held, its disk too. Unknown boxes are no error."""

@@ -94,11 +94,49 @@ class Cgroups(ABC):
                 with suppress(OSError):
                     (hierarchy / self.name / group).rmdir()
 
+    @abstractmethod
+    def freezer(self, box_id: str) -> tuple[Path, str, str, Path, str]:
+        """How a box is frozen: the file, its text for that and for the contrary; the file that tells, and its words."""
+
     def create(self, box_id: str, resources: Resources) -> None:
         """Make the box's cgroups with their limits."""
         for top in self.tops():
             (top / "boxes" / box_id).mkdir(exist_ok=True)
+        self.limit(box_id, resources)
+
+    async def freeze(self, box_id: str) -> None:
+        """Stop all processes of the box, and return when none runs any more. Raises EngineError after ten seconds."""
+        file, text, _, state, sign = self.freezer(box_id)
+        try:
+            file.write_text(text)
+            deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
+            while sign not in state.read_text():  # version 1 tells nobody when it is done
+                if asyncio.get_running_loop().time() > deadline:
+                    self.thaw(box_id)
+                    raise EngineError(
+                        f"cannot freeze the box {box_id}: a process does not stop; look for a hanging disk"
+                    )
+                await asyncio.sleep(0.001)
+        except OSError as error:
+            raise EngineError(f"cannot freeze the box {box_id}: {error}") from error
+
+    def thaw(self, box_id: str) -> None:
+        """Let the processes of the box go on. Unknown boxes are no error."""
+        file, _, text, _, _ = self.freezer(box_id)
+        with suppress(FileNotFoundError, ProcessLookupError):
+            file.write_text(text)
+
+    def limit(self, box_id: str, resources: Resources) -> None:
+        """Set the limits of the box, also of one that lives."""
+        again = []
         for file, text in self.limits(box_id, resources):
+            try:
+                file.write_text(text)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                again.append((file, text))  # raised above another limit, which comes after it
+        for file, text in again:
             file.write_text(text)
 
     def boxes(self) -> set[str]:
@@ -160,7 +198,7 @@ class Version1(Cgroups):
 
     def tops(self) -> list[Path]:
         """One folder per controller; controllers mounted together share one."""
-        found = [self.root / name for name in (*_CONTROLLERS, "cpuacct") if (self.root / name).exists()]
+        found = [self.root / name for name in (*_CONTROLLERS, "cpuacct", "freezer") if (self.root / name).exists()]
         return [path / self.name for path in dict.fromkeys(path.resolve() for path in found)]
 
     def hierarchies(self) -> list[Path]:
@@ -192,6 +230,11 @@ class Version1(Cgroups):
     def entrances(self, box_id: str) -> list[Path]:
         """`tasks`: to move a whole process the kernel waits for a grace period (20 ms), for a thread it does not."""
         return [top / "boxes" / box_id / "tasks" for top in self.tops()]
+
+    def freezer(self, box_id: str) -> tuple[Path, str, str, Path, str]:
+        """The controller of this name."""
+        state = self._box("freezer", box_id) / "freezer.state"
+        return state, "FROZEN", "THAWED", state, "FROZEN"
 
     def show_unified(self) -> None:
         """crun refuses version 1 with controllers left to version 2, even when it is told to leave cgroups alone."""
@@ -247,6 +290,11 @@ class Version2(Cgroups):
     def entrances(self, box_id: str) -> list[Path]:
         """cgroup.procs: all threads of a process are in one cgroup here."""
         return [self._box(box_id) / "cgroup.procs"]
+
+    def freezer(self, box_id: str) -> tuple[Path, str, str, Path, str]:
+        """cgroup.freeze, and cgroup.events for having done so."""
+        box = self._box(box_id)
+        return box / "cgroup.freeze", "1", "0", box / "cgroup.events", "frozen 1"
 
     def show_unified(self) -> None:
         """Nothing: it is."""

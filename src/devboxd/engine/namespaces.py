@@ -66,7 +66,7 @@ class Slots:
         self._filler: asyncio.Task[None] | None = None
 
     async def open(self, used: set[int]) -> None:
-        """Begin to fill the pool; `used` are the indexes that boxes have already."""
+        """Begin to fill the pool; `used` are the indexes of boxes, and of those that rest."""
         self._used = set(used)
         self._free.extend(index for index in range(self._instance.slots) if index not in used)
         self._wanted.set()
@@ -83,14 +83,24 @@ class Slots:
             slot.close()
             await self._network.detach(slot.index)
 
-    async def take(self) -> Slot:
-        """A slot for a new box; at once when one is ready. Raises EngineError when all are used or none can be made."""
+    async def take(self, kept: int | None = None) -> Slot:
+        """A slot for a box: the one that it kept, or a new one, at once when one is ready.
+
+        Raises EngineError when all are used or none can be made.
+        """
+        if kept is not None:
+            self._used.add(kept)
+            return await self._prepare(kept)
         while not self._ready and not self._free and not self._idle.is_set():
             await self._idle.wait()  # the last free slot is being prepared at this moment
-        slot = self._ready.popleft() if self._ready else await self._prepare()
+        slot = self._ready.popleft() if self._ready else await self._prepare_free()
         self._used.add(slot.index)
         self._wanted.set()
         return slot
+
+    async def rest(self, index: int) -> None:
+        """The box of this slot is gone, and comes back to it."""
+        await self._network.detach(index)
 
     async def release(self, index: int) -> None:
         """The box of this slot is gone; a second time is harmless. Its ids are used again after all others."""
@@ -108,14 +118,14 @@ class Slots:
             try:
                 while len(self._ready) < self._size and self._free:
                     self._idle.clear()
-                    self._ready.append(await self._prepare())
+                    self._ready.append(await self._prepare_free())
                     self._idle.set()
             except Exception as error:  # the next box tries by itself and reports
                 _log.warning("cannot prepare namespaces for a box", reason=str(error))
             finally:
                 self._idle.set()
 
-    async def _prepare(self) -> Slot:
+    async def _prepare_free(self) -> Slot:
         if not self._free:
             raise EngineError(
                 f"cannot make another devbox: all {self._instance.slots} slots of this server are used; "
@@ -123,16 +133,19 @@ class Slots:
             )
         index = self._free.popleft()
         try:
-            user, net = await finished(partial(_make_namespaces, self._instance.uid_base(index)))
-            try:
-                link = await self._network.attach(index, Path(f"/proc/{os.getpid()}/fd/{net}"))
-            except BaseException:
-                os.close(user)
-                os.close(net)
-                await self._network.detach(index)
-                raise
+            return await self._prepare(index)
         except BaseException:
             self._free.append(index)
+            raise
+
+    async def _prepare(self, index: int) -> Slot:
+        user, net = await finished(partial(_make_namespaces, self._instance.uid_base(index)))
+        try:
+            link = await self._network.attach(index, Path(f"/proc/{os.getpid()}/fd/{net}"))
+        except BaseException:
+            os.close(user)
+            os.close(net)
+            await self._network.detach(index)
             raise
         return Slot(index, user, net, link)
 

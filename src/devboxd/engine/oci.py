@@ -22,7 +22,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,16 +32,19 @@ import structlog
 from devboxd.agent import agent_binary
 from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, rootfs
-from devboxd.engine.base import BoxEnd, BoxSpec, EngineError
+from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Resources
 from devboxd.engine.blocking import finished
+from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
+from devboxd.engine.pool import Pool
 from devboxd.errors import SetupError
 
 _log = structlog.get_logger(__name__)
 
 _START_SECONDS = 60
+_TEND_S = 1.0
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
 echo 0 >/proc/self/oom_score_adj
@@ -87,38 +90,48 @@ class OciEngine:
         self._place = instance.directory / "mnt"
         self._states = instance.directory / "runtime"
         self._slots = Slots(instance, network, settings.pool_size)
-        self._disks = rootfs.Disks(instance.state / "disks")
+        self._pool = Pool(instance.state)
+        self._disks = Disks(self._pool)
         self._cgroups = cgroups.find(instance.id)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        self._tending: asyncio.Task[None] | None = None
 
-    async def open(self) -> None:
-        """Make the folders, remove half-made boxes, take back the slots of the others, fill the pool."""
+    async def open(self, kept: Collection[str] = ()) -> None:
+        """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
         linux.spare_from_oom(-900)
         for folder in (self._boxes, self._states):
             folder.mkdir(mode=0o700, exist_ok=True)
         self._place.mkdir(mode=0o755, exist_ok=True)
         self._agent = _keep_agent(agent_binary(), self._instance.state / "agent")
         try:
-            await self._open()
+            await self._open(kept)
         except BaseException:
             await self.close()
             raise
 
-    async def _open(self) -> None:
-        self._disks.open()
+    async def _open(self, kept: Collection[str]) -> None:
+        await finished(self._disks.open)
         self._cgroups.open()
-        records = {box_id: self._record(box_id) for box_id in self._traces()}
-        for box_id in (box_id for box_id, record in records.items() if record is None):
+        disks = self._disks.boxes()
+        records = {box_id: self._record(box_id) for box_id in self._traces() | disks}
+        for box_id in (box_id for box_id, record in records.items() if record is None and box_id not in kept):
             _log.info("removing a half-made box", box=box_id)
-            await self._remove(box_id)
+            await self._clear(box_id)
+            await finished(partial(self._disks.remove, box_id))
         known = [record for record in records.values() if record and record.boot == linux.boot_id()]
+        slots = map(self._disks.slot, disks.intersection(kept))
+        resting = {slot for slot in slots if slot is not None}
         await self._network.open()
         await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
-        await self._slots.open({record.slot for record in known})
+        await self._slots.open({record.slot for record in known} | resting)
+        self._tending = asyncio.create_task(self._tend(), name="storage")
 
     async def close(self) -> None:
         """Give back the pool, and all that is not needed while only boxes live."""
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.gather(self._tending, return_exceptions=True)
         await self._slots.close()
         await self._network.close()
         self._cgroups.close()
@@ -130,12 +143,16 @@ class OciEngine:
             return
         async with self._starts:
             if (self._boxes / spec.box_id).exists():
-                await self.destroy(spec.box_id)
-            slot = await self._slots.take()
+                await self.stop(spec.box_id)
+            kept = self._disks.slot(spec.box_id)
+            slot = await self._slots.take(kept)
             try:
                 await _in_own_thread(lambda: self._make(spec, slot))
             except BaseException as error:
-                await self._undo(spec.box_id, slot.index)
+                await self._clear(spec.box_id)
+                if kept is None:
+                    await finished(partial(self._disks.remove, spec.box_id))
+                    await self._slots.release(slot.index)
                 if isinstance(error, (OSError, subprocess.SubprocessError)):
                     raise EngineError(f"cannot make the box {spec.box_id}: {error}") from error
                 raise
@@ -144,12 +161,83 @@ class OciEngine:
 
     async def destroy(self, box_id: str) -> None:
         """Kill everything in the box and free all that it held."""
+        slot = await self._end(box_id)
+        await finished(partial(self._disks.remove, box_id))
+        if slot is not None:
+            await self._slots.release(slot)
+
+    async def stop(self, box_id: str) -> None:
+        """Kill everything in the box; its disk stays, and the slot is kept for it."""
+        slot = await self._end(box_id)
+        if slot is not None:
+            await self._slots.rest(slot)
+
+    async def _end(self, box_id: str) -> int | None:
+        """Kill everything in the box and clear up; its slot."""
         record = self._record(box_id)
+        slot = record.slot if record and record.boot == linux.boot_id() else self._disks.slot(box_id)
         if record and record.lives():
             await self._kill(record, box_id)
-        await self._remove(box_id)
-        if record and record.boot == linux.boot_id():
-            await self._slots.release(record.slot)
+        await self._clear(box_id)
+        return slot
+
+    async def resize(self, box_id: str, resources: Resources) -> None:
+        """Other limits for a box that lives."""
+
+        def limit() -> None:
+            self._cgroups.limit(box_id, resources)
+            self._disks.limit(box_id, resources.disk_bytes)
+
+        try:
+            await finished(limit)
+        except OSError as error:
+            raise EngineError(f"cannot set the limits of the box {box_id}: {error}") from error
+
+    async def freeze(self, box_id: str) -> None:
+        """By its cgroup."""
+        await self._cgroups.freeze(box_id)
+
+    async def thaw(self, box_id: str) -> None:
+        """By its cgroup."""
+        self._cgroups.thaw(box_id)
+
+    async def snapshot(self, box_id: str, snapshot_id: str) -> None:
+        """In a moment where the pool can; else the box stands still while its disk is copied."""
+        frozen = not self._pool.copies and bool((record := self._record(box_id)) and record.lives())
+        try:
+            if frozen:
+                await self._cgroups.freeze(box_id)
+            await finished(partial(self._disks.snapshot, box_id, snapshot_id))
+        except OSError as error:
+            raise EngineError(f"cannot keep the disk of {box_id}: {error}") from error
+        finally:
+            if frozen:
+                self._cgroups.thaw(box_id)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Its room comes back a little later."""
+        await finished(partial(self._disks.remove, snapshot_id))
+
+    async def snapshots(self) -> set[str]:
+        """By the folders in the pool."""
+        return await finished(self._disks.snapshots)
+
+    def disk_used(self, name: str) -> int | None:
+        """As of some seconds ago."""
+        return self._disks.used(name)
+
+    def short_of(self) -> str | None:
+        """Asks the disk below the pool."""
+        return self._pool.short_of()
+
+    async def _tend(self) -> None:
+        """Let the pool grow before it is full."""
+        while True:
+            try:
+                await finished(self._pool.grow)
+            except OSError as error:
+                _log.error("storage cannot grow", error=str(error))
+            await asyncio.sleep(_TEND_S)
 
     async def boxes(self) -> dict[str, bool]:
         """All boxes with a trace, and whether their pid 1 lives."""
@@ -187,7 +275,7 @@ class OciEngine:
     def _traces(self) -> set[str]:
         folders = (self._boxes, self._states)
         found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
-        found |= self._cgroups.boxes() | self._disks.boxes()
+        found |= self._cgroups.boxes()
         return {name for name in found if not name.startswith(".")}  # crun keeps a cache of its own in .cache
 
     def _make(self, spec: BoxSpec, slot: Slot) -> None:
@@ -200,7 +288,10 @@ class OciEngine:
             "etc/hosts": _hosts(spec.hostname, link.address),
             "etc/resolv.conf": self._network.resolv_conf(link),
         }
-        disk = self._disks.create(spec.box_id, files)
+        disk = self._disks.path(spec.box_id)
+        if not disk.exists():
+            self._disks.create(spec.box_id, slot.index, files, spec.snapshot_id)
+        self._disks.limit(spec.box_id, spec.resources.disk_bytes)
         self._cgroups.create(spec.box_id, spec.resources)
         (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
         with _listen(folder) as listener:
@@ -259,6 +350,7 @@ class OciEngine:
             try:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                self._cgroups.thaw(box_id)  # nothing that is frozen dies
                 async with asyncio.timeout(_START_SECONDS):
                     await _readable(pidfd)
             except TimeoutError as error:
@@ -266,12 +358,8 @@ class OciEngine:
             finally:
                 os.close(pidfd)
 
-    async def _undo(self, box_id: str, slot: int) -> None:
-        await self._remove(box_id)
-        await self._slots.release(slot)
-
-    async def _remove(self, box_id: str) -> None:
-        """Remove all traces, box.json with its folder last, so that a cut removal is found and repeated."""
+    async def _clear(self, box_id: str) -> None:
+        """Remove all traces but the disk, box.json with its folder last: a cut removal is found and repeated."""
         await self._cgroups.remove(box_id)
         if not self._is_crun and (self._states / box_id).exists():
             command = (self._runtime, "--root", str(self._states), "delete", "--force", box_id)
@@ -280,7 +368,6 @@ class OciEngine:
 
     def _remove_folders(self, box_id: str) -> None:
         shutil.rmtree(self._states / box_id, ignore_errors=True)
-        self._disks.remove(box_id)
         shutil.rmtree(self._boxes / box_id, ignore_errors=True)
 
 

@@ -1,0 +1,179 @@
+"""The disks of boxes: the writable layer of each, and snapshots of them, side by side in the pool.
+
+    <pool>/dbx_...   upper (what the box sees over its image), work (the overlay's own), slot (of the box)
+    <pool>/snp_...   the same at one instant; nothing writes it
+
+Under its name a disk is whole or not there: it is made and removed under another one. What is in `upper` is the box's
+and hostile: names in it are never followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from devboxd.engine import btrfs
+from devboxd.engine.base import EngineError
+from devboxd.engine.pool import Pool
+
+_BOX, _SNAPSHOT = "dbx_", "snp_"
+_MAKING, _GOING = ".new-", ".gone-"
+
+
+class Disks:
+    """All disks and snapshots of one server. Every method but `boxes` may take its time: for threads."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._folder = pool.folder
+
+    def open(self) -> None:
+        """Open the pool and remove what an earlier server was making or removing. Raises SetupError."""
+        self._pool.open()
+        for path in self._folder.iterdir():
+            if path.name.startswith((_MAKING, _GOING)):
+                self._delete(path)
+
+    def close(self) -> None:
+        """Close the pool."""
+        self._pool.close()
+
+    def path(self, box_id: str) -> Path:
+        """Where the disk of a box lies."""
+        return self._folder / box_id
+
+    def create(self, box_id: str, slot: int, files: Mapping[str, str], snapshot_id: str | None) -> Path:
+        """A new disk for the box, empty or from a snapshot, with these files (paths below its root) of the box's root.
+
+        Raises EngineError when there is no such snapshot, and OSError.
+        """
+        making = self._folder / (_MAKING + box_id)
+        self._delete(making)
+        if snapshot_id is None:
+            self._make(making)
+            (making / "upper").mkdir()
+            (making / "upper").chmod(0o755)
+        else:
+            source = self._folder / snapshot_id
+            if not source.exists():
+                raise EngineError(f"cannot find the snapshot {snapshot_id} on the disk; was it deleted?")
+            self._copy(source, making, read_only=False)
+        (making / "work").mkdir(exist_ok=True)
+        (making / "slot").write_text(f"{slot}\n")
+        for name, text in files.items():
+            _put(making / "upper", name, text)
+        making.rename(self._folder / box_id)
+        return self._folder / box_id
+
+    def limit(self, box_id: str, most_bytes: int) -> None:
+        """Bound what the disk holds, as far as the pool can. Raises OSError."""
+        if self._pool.copies:
+            btrfs.limit(self._folder / box_id, most_bytes)
+
+    def used(self, name: str) -> int | None:
+        """Bytes of a disk or snapshot, over its image; None where the pool does not count."""
+        if not self._pool.copies:
+            return None
+        with contextlib.suppress(OSError):
+            return btrfs.referenced(self._folder / name)
+        return None
+
+    def snapshot(self, box_id: str, snapshot_id: str) -> None:
+        """Keep the disk as it is now. Where copying takes its time the box must be frozen. Raises OSError."""
+        if self._pool.copies:
+            btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
+            return
+        making = self._folder / (_MAKING + snapshot_id)
+        self._delete(making)
+        self._copy(self._folder / box_id, making, read_only=True)
+        making.rename(self._folder / snapshot_id)
+
+    def slot(self, box_id: str) -> int | None:
+        """The slot that the box of a disk had."""
+        try:
+            return int((self._folder / box_id / "slot").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def boxes(self) -> set[str]:
+        """The boxes that have a disk."""
+        return {path.name for path in self._folder.iterdir() if path.name.startswith(_BOX)}
+
+    def snapshots(self) -> set[str]:
+        """The snapshots that are whole."""
+        return {path.name for path in self._folder.iterdir() if path.name.startswith(_SNAPSHOT)}
+
+    def remove(self, name: str) -> None:
+        """Delete a disk or snapshot; none is no error. Raises EngineError."""
+        going = self._folder / (_GOING + name)
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / name).rename(going)
+        self._delete(going)
+
+    def _make(self, path: Path) -> None:
+        if self._pool.copies:
+            btrfs.create(path)
+        else:
+            path.mkdir(mode=0o700)
+
+    def _copy(self, source: Path, target: Path, *, read_only: bool) -> None:
+        if self._pool.copies:
+            btrfs.snapshot(source, target, read_only=read_only)
+            return
+        command = ("cp", "--archive", "--reflink=auto", "--sparse=auto", "--", source, target)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            self._delete(target)
+            raise EngineError(f"cannot copy the disk {source}: {_last_line(done.stderr)}; look at the room on it")
+
+    def _delete(self, path: Path) -> None:
+        """However deep a box has nested its folders."""
+        if not path.exists():
+            return
+        if self._pool.copies and btrfs.is_subvolume(path):
+            btrfs.delete(path)
+            return
+        command = ("rm", "-rf", "--one-file-system", "--", path)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EngineError(f"cannot delete the disk {path}: {_last_line(done.stderr)}; look at the disk's health")
+
+
+def _put(root: Path, name: str, text: str) -> None:
+    """Write a file below `root`, in the place of whatever has its name there.
+
+    Folders that are missing are made. Where the box has put something else in the place of a folder, nothing happens.
+    """
+    *folders, last = name.split("/")
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as opened:
+        at = os.open(root, flags)
+        opened.callback(os.close, at)
+        for folder in folders:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, 0o755, dir_fd=at)
+            try:
+                at = os.open(folder, flags, dir_fd=at)
+            except OSError:
+                return
+            opened.callback(os.close, at)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.isdir(f"/proc/self/fd/{at}/{last}") and not os.path.islink(f"/proc/self/fd/{at}/{last}"):
+                shutil.rmtree(last, dir_fd=at)
+            else:
+                os.unlink(last, dir_fd=at)
+        made = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.open(last, made, 0o644, dir_fd=at)
+        try:
+            os.fchmod(file, 0o644)
+            os.write(file, text.encode())
+        finally:
+            os.close(file)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason was given"])[-1]

@@ -1,0 +1,239 @@
+"""The pool: where the disks of boxes and their snapshots lie, in `<state>/disks`.
+
+It is btrfs, so that a disk of any size is copied in a moment and has a limit: the state folder's own if that lies on
+btrfs, else one in a sparse file, `<state>/pool.btrfs`, which grows when needed. Where neither can be had it is plain
+folders: without limits, and copied file by file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import stat
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from devboxd.agent.descriptors import filesystem_type
+from devboxd.engine import btrfs, linux
+from devboxd.errors import SetupError
+
+Kind = Literal["btrfs", "file", "folders"]
+
+_log = structlog.get_logger(__name__)
+_SHIELD = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+_GIB = 1 << 30
+_FIRST = 16 * _GIB
+_LEAST = _GIB
+_MARGIN = 8 * _GIB
+"""Growing begins when less is free; nobody fills as much between two looks."""
+_RESERVE = _GIB
+_RESERVE_SHARE = 20
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
+_AUTOCLEAR, _DIRECT_IO = 4, 16
+_TRIES = 16
+
+
+class Pool:
+    """The folder of one server's disks. `kind` is known once it is open."""
+
+    def __init__(self, state: Path) -> None:
+        self.folder = state / "disks"
+        self.file = state / "pool.btrfs"
+        self.kind: Kind = "folders"
+        self._state = state
+
+    @property
+    def copies(self) -> bool:
+        """Whether disks are subvolumes: with limits, and copied in a moment."""
+        return self.kind != "folders"
+
+    def open(self) -> None:
+        """Make or find the pool and show it in its folder, where setuid files and devices mean nothing to the host.
+
+        Raises SetupError when there is a pool that cannot be used.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        mounted = str(self.folder) in linux.mount_points()
+        if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
+            self.kind = "file"
+            if not mounted:
+                self._mount_file()
+        else:
+            if not mounted:
+                linux.mount(str(self.folder), self.folder, None, linux.MS_BIND)
+            linux.mount("none", self.folder, None, linux.MS_BIND | linux.MS_REMOUNT | _SHIELD)
+            self.kind = "btrfs" if _is_btrfs(self.folder) else "folders"
+        if self.copies:
+            btrfs.enable_quotas(self.folder)
+        usage = shutil.disk_usage(self.folder)
+        _log.info("storage", kind=self.kind, bytes=usage.total, free=usage.free)
+
+    def close(self) -> None:
+        """Take the mount away again; the disks of living boxes stay in use, and the folder closed to all but root."""
+        with contextlib.suppress(OSError):
+            linux.unmount(self.folder)
+
+    def short_of(self) -> str | None:
+        """Why no new disk shall be made: what the server keeps for itself on the disk of its state is touched."""
+        usage = shutil.disk_usage(self._state)
+        kept = reserve(usage.total)
+        if usage.free >= kept:
+            return None
+        return (
+            f"the disk of {self._state} has {usage.free >> 20} MiB left, and {kept >> 20} MiB are kept for the server"
+        )
+
+    def grow(self, most: int | None = None) -> bool:
+        """Make the file larger when little of the pool is free, as far as the disk below allows; whether it did.
+
+        `most` names the new size in bytes instead. Raises OSError.
+        """
+        if self.kind != "file":
+            return False
+        pool, host = shutil.disk_usage(self.folder), shutil.disk_usage(self._state)
+        taken = self.file.stat().st_blocks * 512
+        possible = taken + host.free - reserve(host.total)
+        size = self.file.stat().st_size
+        wanted = most if most is not None else (min(2 * size, possible) if pool.free < _MARGIN else size)
+        if wanted <= size or (most is None and wanted - size < _LEAST):
+            return False
+        os.truncate(self.file, wanted)
+        with _device_of(self.file) as device:
+            fcntl.ioctl(device, _LOOP_SET_CAPACITY)
+        btrfs.grow(self.folder)
+        _log.info("storage has grown", was=size, bytes=wanted)
+        return True
+
+    def _may_be_file(self) -> bool:
+        """Whether a pool in a file is wanted here: not on btrfs, nor where disks lie in plain folders already."""
+        return not _is_btrfs(self.folder) and not any(self.folder.iterdir())
+
+    def _make_file(self) -> bool:
+        """Make the file with an empty file system; False with a word in the log where that is not possible."""
+        usage = shutil.disk_usage(self._state)
+        size = min(_FIRST, usage.free - reserve(usage.total))
+        mkfs = shutil.which("mkfs.btrfs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        why = None
+        if size < _LEAST:
+            why = "the disk of the state folder is too small"
+        elif mkfs is None:
+            why = "mkfs.btrfs is missing (package btrfs-progs)"
+        elif not Path("/dev/loop-control").exists() or "btrfs" not in Path("/proc/filesystems").read_text():
+            why = "the kernel offers no loop devices or no btrfs"
+        if why is not None or mkfs is None:
+            _log.warning("storage without limits, snapshots copy file by file", reason=why)
+            return False
+        temporary = self.file.with_suffix(".new")
+        with temporary.open("wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate(size)
+        done = subprocess.run([mkfs, "--quiet", "--force", temporary], capture_output=True, text=True, check=False)
+        if done.returncode:
+            temporary.unlink()
+            raise SetupError(f"cannot make the pool of disks {self.file}: {done.stderr.strip()[-500:]}")
+        temporary.rename(self.file)
+        return True
+
+    def _mount_file(self) -> None:
+        try:
+            with _attached(self.file) as path:
+                linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "discard=async")
+        except OSError as error:
+            raise SetupError(
+                f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
+                f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
+            ) from error
+
+
+def reserve(total: int) -> int:
+    """How much of a disk of this size the server keeps for itself, in bytes."""
+    return min(_RESERVE, total // _RESERVE_SHARE)
+
+
+def _is_btrfs(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return filesystem_type(descriptor) == btrfs.MAGIC
+    finally:
+        os.close(descriptor)
+
+
+def _devices(file: Path) -> Iterator[str]:
+    """The loop devices that show a file."""
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().rstrip("\n") == str(file):
+                yield backing.parts[3]
+
+
+@contextlib.contextmanager
+def _device_of(file: Path) -> Iterator[int]:
+    name = next(_devices(file), None)
+    if name is None:
+        raise OSError(errno.ENODEV, f"find the loop device of {file}")
+    descriptor = os.open(_node(name), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _attached(file: Path) -> Iterator[str]:
+    """The device of a file: the one that there is, for two on one file would destroy it, or a new one.
+
+    The kernel takes it away with its last user, also when this program dies.
+    """
+    if any(_devices(file)):
+        with _device_of(file) as descriptor:
+            yield os.readlink(f"/proc/self/fd/{descriptor}")
+        return
+    for attempt in range(_TRIES):
+        with open("/dev/loop-control", "rb") as control:
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+        path = _node(f"loop{number}")
+        with contextlib.ExitStack() as opened:
+            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            opened.callback(os.close, device)
+            try:
+                _configure(device, file)
+            except OSError as error:
+                if error.errno == errno.EBUSY and attempt < _TRIES - 1:  # another program was faster
+                    continue
+                raise
+            yield str(path)
+            return
+
+
+def _configure(device: int, file: Path) -> None:
+    backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # struct loop_config: the file, the block size, struct loop_info64 of which only the flags matter
+        info = struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR | _DIRECT_IO) + bytes(176)
+        try:
+            fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64)))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            info = struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR) + bytes(176)  # no direct I/O below
+            fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64)))
+    finally:
+        os.close(backing)
+
+
+def _node(name: str) -> Path:
+    """The device file of a loop device; containers often lack it."""
+    path = Path("/dev", name)
+    if not path.exists() and (number := re.fullmatch(r"loop(\d+)", name)):
+        os.mknod(path, 0o600 | stat.S_IFBLK, os.makedev(7, int(number[1])))
+    return path
