@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -21,7 +22,11 @@ from devboxd import logs, systemd
 from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.config import Settings
+from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.snapshots import Snapshots
+from devboxd.devboxes.supervisor import Means, Supervisor
+from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import EngineError
 from devboxd.engine.images import Images
 from devboxd.engine.instance import Instance, claim
@@ -126,48 +131,72 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         )
         stack.push_async_callback(executions.close)
         engine = OciEngine(settings, instance, Network(settings, instance))
-        devboxes = Devboxes(
-            store,
+        images = Images(settings)
+        changes = Changes(store)
+        means = Means(
+            changes,
             engine,
             executions,
             looking,
             files,
-            closing,
-            environment=base_environment(settings),
-            retention_s=settings.retention_seconds,
+            base_environment(settings),
+            settings.suspend_keep_memory_seconds,
+            lambda name: images.named(name) if name else images.default(),
         )
-        services = (store, devboxes, executions, looking, boxes, files, Places(streams_within(available)))
+        warm = Warm(engine, images.default, settings.warm_boxes)
+        devboxes = Devboxes(
+            store, engine, executions, changes, Supervisor(means), warm, closing, retention_s=settings.retention_seconds
+        )
+        snapshots = Snapshots(store, engine, devboxes)
+        places = Places(streams_within(available))
+        services = (store, devboxes, snapshots, executions, looking, boxes, files, places)
         application = build(ROUTES, services, store=store, settings=settings, ready=lambda: ready.state)
         await first_start(store, settings.state)
         async with _listening(listener, application, closing, ready) as serving:
-            starting: asyncio.Future[object] = asyncio.ensure_future(_start(settings, engine, devboxes, ready, stack))
-            stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
-            try:
-                await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-                if starting.done():
-                    starting.result()
-                    await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-                if serving.done():
-                    serving.result()
-            finally:
-                starting.cancel()
-                stopping.cancel()
-                await asyncio.gather(starting, stopping, return_exceptions=True)
+            start = _start(settings, images, engine, devboxes, snapshots, ready, stack)
+            await _until_stopped(stop, serving, start)
             systemd.notify("STOPPING=1")
             _log.info("stopping; boxes go on")
 
 
+async def _until_stopped(
+    stop: asyncio.Event, serving: asyncio.Future[object], start: Coroutine[Any, Any, object]
+) -> None:
+    """Start, and return when the server shall stop. Raises what ended the start or the serving."""
+    starting: asyncio.Future[object] = asyncio.ensure_future(start)
+    stopping: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+    finally:
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+
+
 async def _start(
-    settings: Settings, engine: OciEngine, devboxes: Devboxes, ready: Readiness, stack: AsyncExitStack
+    settings: Settings,
+    images: Images,
+    engine: OciEngine,
+    devboxes: Devboxes,
+    snapshots: Snapshots,
+    ready: Readiness,
+    stack: AsyncExitStack,
 ) -> None:
     """Everything between a bound port and the first command: image, engine, reconciliation."""
-    image = await Images(settings).ensure_default(ready.progress)
+    await images.ensure_default(ready.progress)
     ready.starting("the server is starting: it looks for the boxes that live")
-    await engine.open()
+    await engine.open(await devboxes.kept())
     stack.push_async_callback(engine.close)
     stack.push_async_callback(devboxes.close)
+    stack.push_async_callback(snapshots.close)
     boot = settings.state / "boot-id"
-    await devboxes.open(image, _rebooted(boot))
+    await devboxes.open(_rebooted(boot))
+    await snapshots.open()
     _remember_boot(boot)
     ready.state = None
     systemd.notify("READY=1")

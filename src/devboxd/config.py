@@ -57,6 +57,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Registry of npm in boxes; unset: the host's, when boxes can reach it."""
     pool_size: int = 4
     """How many namespaces with network are kept ready for new boxes."""
+    warm_boxes: int = 2
+    """How many empty boxes are kept ready for new devboxes, about 1 MiB of memory each."""
+    suspend_keep_memory_seconds: int = 0
+    """How long a suspended devbox keeps its processes, frozen: resumed before, it goes on where it was."""
     log_format: str = "auto"
     """`text`, `json`, or `auto`: text on a terminal."""
 

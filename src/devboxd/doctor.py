@@ -309,7 +309,7 @@ def _memory() -> Check:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
     cores = os.cpu_count() or 1
     found = f"{gib:.0f} GiB of memory, {cores} processors"
-    larger = [size for size, (cpu, memory) in SIZES.items() if memory > gib or cpu > cores]
+    larger = [size for size, (cpu, memory, _) in SIZES.items() if memory > gib or cpu > cores]
     if larger:
         return Check(
             "Memory",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from devboxd.access import api as files
 from devboxd.devboxes import api as devboxes
+from devboxd.devboxes import snapshot_api as snapshots
 from devboxd.executions import api as executions
 from devboxd.executions import logs
 from devboxd.http.operation import Route
@@ -12,6 +13,7 @@ from devboxd.resources import accounts
 _READ = "devboxes:read"
 _WRITE = "devboxes:write"
 _BOX = "/v1/devboxes/{devbox_id}"
+_SNAPSHOTS = "/v1/devboxes/disk_snapshots"
 _EXECUTION = _BOX + "/executions/{execution_id}"
 _TEXT_BODY = 256 << 20
 """100 MB of text, however much of it JSON escapes."""
@@ -30,8 +32,20 @@ ROUTES = (
     Route("POST", _BOX + "/keep_alive", devboxes.keep_alive, _WRITE),
     Route("POST", _BOX + "/shutdown", devboxes.shutdown_devbox, _WRITE),
     Route("GET", _BOX + "/logs", logs.list_logs, _READ),
+    Route("POST", _BOX + "/snapshot_disk", snapshots.snapshot_disk, _WRITE, once=True),
+    Route("POST", _BOX + "/snapshot_disk_async", snapshots.snapshot_disk_async, _WRITE, once=True),
     Route("POST", _BOX + "/suspend", devboxes.suspend_devbox, _WRITE),
     Route("POST", _BOX + "/resume", devboxes.resume_devbox, _WRITE),
+    # snapshots
+    Route("GET", _SNAPSHOTS, snapshots.list_snapshots, _READ),
+    Route("GET", _SNAPSHOTS + "/list_public", snapshots.list_public_snapshots, _READ),
+    Route("GET", _SNAPSHOTS + "/metadata/keys", snapshots.snapshot_metadata_keys, _READ),
+    Route("GET", _SNAPSHOTS + "/metadata/keys/{key}/values", snapshots.snapshot_metadata_values, _READ),
+    Route("GET", _SNAPSHOTS + "/public/metadata/keys", snapshots.public_snapshot_metadata_keys, _READ),
+    Route("GET", _SNAPSHOTS + "/public/metadata/keys/{key}/values", snapshots.public_snapshot_metadata_values, _READ),
+    Route("POST", _SNAPSHOTS + "/{snapshot_id}", snapshots.update_snapshot, _WRITE),
+    Route("GET", _SNAPSHOTS + "/{snapshot_id}/status", snapshots.snapshot_status, _READ),
+    Route("POST", _SNAPSHOTS + "/{snapshot_id}/delete", snapshots.delete_snapshot, _WRITE, once=True),
     # executions
     Route("POST", _BOX + "/execute", executions.execute, _WRITE, once=True),
     Route("POST", _BOX + "/execute_async", executions.execute_async, _WRITE, once=True),

@@ -65,9 +65,36 @@ def test_the_way_to_running() -> None:
         assert step(status, Event.SHUTDOWN_ASKED) == Move(Status.SHUTDOWN, (Effect.FREE,), "api_shutdown")
 
 
-@pytest.mark.parametrize("event", [Event.SUSPEND_ASKED, Event.RESUME_ASKED])
-def test_illegal_suspend_and_resume_are_400(event: Event) -> None:
-    for status in Status:
+def test_the_way_to_sleep_and_back() -> None:
+    assert step(Status.RUNNING, Event.SUSPEND_ASKED) == Move(Status.SUSPENDING, (Effect.SUSPEND,))
+    assert step(Status.SUSPENDING, Event.SUSPENDED) == Move(Status.SUSPENDED)
+    again = step(Status.SUSPENDED, Event.RESUME_ASKED)
+    assert isinstance(again, Move)
+    assert again.status == Status.PROVISIONING
+    thawed = step(Status.SUSPENDED, Event.THAWED)
+    assert isinstance(thawed, Move)
+    assert thawed.status == Status.RUNNING
+
+
+@pytest.mark.parametrize(("event", "from_"), [(Event.SUSPEND_ASKED, "running"), (Event.RESUME_ASKED, "suspended")])
+def test_illegal_suspend_and_resume_are_400(event: Event, from_: str) -> None:
+    for status in set(Status) - {from_}:
         move = step(status, event)
         assert isinstance(move, Refusal)
         assert move.code == 400
+
+
+def test_a_shutdown_during_a_snapshot_is_409() -> None:
+    for status in set(Status) - TERMINAL:
+        move = step(status, Event.SHUTDOWN_DURING_SNAPSHOT_ASKED)
+        assert isinstance(move, Refusal)
+        assert move.code == 409
+
+
+@pytest.mark.parametrize("status", [Status.SUSPENDING, Status.SUSPENDED])
+def test_what_ends_processes_does_not_end_a_sleeping_devbox(status: Status) -> None:
+    ends = {Event.FAILED, Event.BOX_ENDED, Event.HOST_RESTARTED, Event.RESUME_FAILED, Event.DEADLINE_PASSED}
+    for event in ends | {Event.ENTRYPOINT_ENDED, Event.IDLE_TO_SHUTDOWN}:
+        move = step(status, event)
+        assert isinstance(move, Move)
+        assert move.status not in TERMINAL

@@ -64,7 +64,7 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         """The environment of every devboxd process of this server."""
-        return {**os.environ, "DEVBOXD_POOL_SIZE": "2", **self._settings}
+        return {**os.environ, "DEVBOXD_POOL_SIZE": "2", "DEVBOXD_WARM_BOXES": "0", **self._settings}
 
     def command(self, *arguments: str) -> str:
         """Run `devboxd ...`; its standard output."""

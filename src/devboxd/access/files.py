@@ -41,7 +41,8 @@ class Written:
 class OpenFile:
     """A file of a box, opened for reading. `size` is None where only reading tells it."""
 
-    def __init__(self, descriptor: int, pipe: bool, path: str) -> None:
+    def __init__(self, descriptor: int, pipe: bool, path: str, box: Box) -> None:
+        self._box = box
         self._descriptor = descriptor
         self._path = path
         self._pipe = pipe
@@ -62,15 +63,16 @@ class OpenFile:
         Raises EOFError when it has shrunk meanwhile, or does not end at the limit.
         """
         left, sent = self.size, 0
-        while left is None or left > 0:
-            data = await self.read(_SENT if left is None else min(_SENT, left))
-            if not data:
-                break
-            left = None if left is None else left - len(data)
-            sent += len(data)
-            if limit is not None and sent > limit:
-                raise EOFError(f"cannot send more than {limit} bytes of the file")
-            yield data
+        with self._box.using("file transfer"):
+            while left is None or left > 0:
+                data = await self.read(_SENT if left is None else min(_SENT, left))
+                if not data:
+                    break
+                left = None if left is None else left - len(data)
+                sent += len(data)
+                if limit is not None and sent > limit:
+                    raise EOFError(f"cannot send more than {limit} bytes of the file")
+                yield data
         if left:
             raise EOFError("cannot send the rest of the file: it has shrunk")
 
@@ -89,7 +91,7 @@ class Files:
             opened = await box.agent.read(box.user, path)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "read", path) from error
-        return OpenFile(opened.fd, opened.pipe, path)
+        return OpenFile(opened.fd, opened.pipe, path, box)
 
     async def put(self, box: Box, path: str, content: bytes, user: str | None = None) -> Written:
         """Write a whole file. Raises ApiError; the old content stays then."""
@@ -106,7 +108,10 @@ class Files:
         user may write, in a folder that it may not, is written itself: then what came so far stays. Raises ApiError.
         """
         _check(path)
-        who = user or box.user
+        with box.using("file transfer"):
+            return await self._receive(box, path, chunks, user or box.user)
+
+    async def _receive(self, box: Box, path: str, chunks: AsyncIterable[bytes], who: str) -> Written:
         try:
             agent = box.agent  # it removes the temporary file when this connection ends
             target = await agent.write(who, path, _MODE)

@@ -85,22 +85,25 @@ async def wait_for_devbox(devboxes: Devboxes, call: Call, devbox_id: str, body: 
 
 
 async def keep_alive(devboxes: Devboxes, call: Call, devbox_id: str) -> None:
-    """Let the devbox live for keep_alive_time_seconds from now on."""
+    """Let the devbox live for keep_alive_time_seconds from now on, and be idle from now on at the earliest."""
     await devboxes.ask(call.account, devbox_id, Event.KEEP_ALIVE_ASKED)
 
 
 async def shutdown_devbox(devboxes: Devboxes, call: Call, devbox_id: str, force: str | None = None) -> DevboxView:
-    """End the devbox and free its disk; once it has ended this changes nothing. `force` has nothing to override yet."""
-    return (await devboxes.ask(call.account, devbox_id, Event.SHUTDOWN_ASKED)).view()
+    """End the devbox and free its disk; once it has ended this changes nothing.
+
+    While a snapshot of it is being taken: 409, unless `force` is true.
+    """
+    return (await devboxes.shutdown(call.account, devbox_id, force in ("true", "1"))).view()
 
 
 async def suspend_devbox(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxView:
-    """Refused with 400 that says why: this version keeps no disks of suspended devboxes."""
+    """End all processes after the suspend commands, keep the disk; the answer comes at once."""
     return (await devboxes.ask(call.account, devbox_id, Event.SUSPEND_ASKED)).view()
 
 
 async def resume_devbox(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxView:
-    """Refused with 400: no devbox is suspended in this version."""
+    """Start a suspended devbox again from its disk; the answer comes at once."""
     return (await devboxes.ask(call.account, devbox_id, Event.RESUME_ASKED)).view()
 
 

@@ -1,19 +1,27 @@
-"""What is done in a new box before it is `running`: its user, its files, its launch commands. All may be done twice."""
+"""What is done in a box before it is `running` (its user, its files, its launch commands) and before it sleeps.
+
+All may be done twice: after a crash of the server in between.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from http import HTTPStatus
+
+import structlog
 
 from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
 from devboxd.devboxes.store import Devbox
+from devboxd.devboxes.views import DEFAULT_HOOKS_MS
 from devboxd.errors import ApiError
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.output import DEFAULT_LINES
 from devboxd.executions.running import SETUP, Executions
 
+_log = structlog.get_logger()
 DEFAULT_USER = ("user", 1000)
 _REASON_LINES = 20
 _KILLED = 128 + 9
@@ -52,12 +60,17 @@ def user_of(devbox: Devbox) -> str:
 
 
 async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Looking, files: Files) -> None:
-    """Do all steps in their order. Raises PreparationError at the first that fails."""
+    """Do all steps in their order. Raises PreparationError at the first that fails.
+
+    A devbox that is resumed has its user and files already, and perhaps changed them since.
+    """
     user = devbox.launch_parameters.user_parameters
-    if user is not None and user.uid != 0 and (user.username, user.uid) != DEFAULT_USER:
+    new = not devbox.prepared
+    if new and user is not None and user.uid != 0 and (user.username, user.uid) != DEFAULT_USER:
         script = _MAKE_USER.format(name=shlex.quote(user.username), uid=user.uid)
-        await _run(executions, looking, box, script, "devboxd.user", SETUP, "making the user of user_parameters")
-    for path, content in devbox.file_mounts.items():
+        handle = handle_of(devbox, "user")
+        await _run(executions, looking, box, script, handle, SETUP, "making the user of user_parameters")
+    for path, content in devbox.file_mounts.items() if new else ():
         try:
             await _mount(files, box, path, content.encode())
         except (ApiError, AgentError, OSError) as error:
@@ -65,7 +78,32 @@ async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Loo
     commands = devbox.launch_parameters.launch_commands or []
     for number, command in enumerate(commands, 1):
         what = f"launch command {number} of {len(commands)} ({command[:200]})"
-        await _run(executions, looking, box, command, f"devboxd.launch.{number}", "launch", what)
+        await _run(executions, looking, box, command, handle_of(devbox, f"launch.{number}"), "launch", what)
+
+
+async def suspend_hooks(devbox: Devbox, box: Box, executions: Executions, looking: Looking) -> None:
+    """Run the suspend commands one after the other, until their deadline. What fails is logged, and no more."""
+    lifecycle = devbox.launch_parameters.lifecycle
+    hooks = lifecycle.lifecycle_hooks if lifecycle else None
+    if hooks is None or not hooks.suspend_commands:
+        return
+    try:
+        async with asyncio.timeout((hooks.suspend_deadline_ms or DEFAULT_HOOKS_MS) / 1000):
+            for number, command in enumerate(hooks.suspend_commands, 1):
+                handle = handle_of(devbox, f"suspend.{number}")
+                row = await executions.start(box.id, command, handle=handle, purpose="suspend")
+                row = await looking.completed(row)
+                if row.exit_status != 0:
+                    _log.warning("a suspend command failed", id=devbox.id, number=number, status=row.exit_status)
+    except TimeoutError:
+        _log.warning("the suspend commands take too long; suspending without them", id=devbox.id)
+    except (ApiError, AgentError, OSError) as error:
+        _log.warning("the suspend commands cannot run; suspending without them", id=devbox.id, error=str(error))
+
+
+def handle_of(devbox: Devbox, name: str) -> str:
+    """The handle of a command of devboxd's own: another one each time that the devbox is started."""
+    return f"devboxd.{devbox.boots}.{name}" if devbox.boots else f"devboxd.{name}"
 
 
 async def _mount(files: Files, box: Box, path: str, content: bytes) -> None:

@@ -16,6 +16,7 @@ class Status(StrEnum):
     PROVISIONING = "provisioning"
     INITIALIZING = "initializing"
     RUNNING = "running"
+    SUSPENDING = "suspending"
     SUSPENDED = "suspended"
     FAILURE = "failure"
     SHUTDOWN = "shutdown"
@@ -37,12 +38,20 @@ class Event(StrEnum):
     BOOTED = "booted"
     PREPARED = "prepared"
     FAILED = "failed"
+    RESUME_FAILED = "resume_failed"
     BOX_ENDED = "box_ended"
+    HOST_RESTARTED = "host_restarted"
     ENTRYPOINT_ENDED = "entrypoint_ended"
     DEADLINE_PASSED = "deadline_passed"
+    IDLE_TO_SHUTDOWN = "idle_to_shutdown"
+    IDLE_TO_SUSPEND = "idle_to_suspend"
+    SUSPENDED = "suspended"
+    THAWED = "thawed"
     SHUTDOWN_ASKED = "shutdown_asked"
+    SHUTDOWN_DURING_SNAPSHOT_ASKED = "shutdown_during_snapshot_asked"
     SUSPEND_ASKED = "suspend_asked"
     RESUME_ASKED = "resume_asked"
+    SNAPSHOT_ASKED = "snapshot_asked"
     KEEP_ALIVE_ASKED = "keep_alive_asked"
     USE_ASKED = "use_asked"
 
@@ -52,6 +61,8 @@ class Effect(StrEnum):
 
     PREPARE = "prepare"
     START_ENTRYPOINT = "start_entrypoint"
+    SUSPEND = "suspend"
+    BOOT = "boot"
     RESET_DEADLINE = "reset_deadline"
     FREE = "free"
 
@@ -82,65 +93,68 @@ class InvalidTransition(Exception):
         self.event = event
 
 
-P, I, R, Z, F, S = Status  # noqa: E741
+P, I, R, U, Z, F, S = Status  # noqa: E741
 _ENDED = "it has ended; create another devbox"
 _NOT_YET = "wait for the status running"
-_ASLEEP = "it is suspended"
+_ASLEEP = "it is suspended; resume it first"
+_UNCHANGED: dict[Status, Move | Refusal] = {F: Move(F), S: Move(S)}
+_OVER: dict[Status, Move | Refusal] = {F: Refusal(400, _ENDED), S: Refusal(400, _ENDED)}
+_NOT_SUSPENDED = Refusal(400, "it is not suspended")
 
 
-def _end(reason: str) -> dict[Status, Move | Refusal]:
+def _end(reason: str, *statuses: Status) -> dict[Status, Move | Refusal]:
     move = Move(S, (Effect.FREE,), reason)
-    return {P: move, I: move, R: move, Z: move, F: Move(F), S: Move(S)}
+    return {status: move for status in statuses} | _UNCHANGED
 
 
 def _fail() -> dict[Status, Move | Refusal]:
+    """A disk that sleeps, or is being put to sleep, is not lost with the processes."""
     move = Move(F, (Effect.FREE,))
-    return {P: move, I: move, R: move, F: Move(F), S: Move(S)}
+    return {P: move, I: move, R: move, U: Move(Z), Z: Move(Z), **_UNCHANGED}
 
 
-_UNCHANGED: dict[Status, Move | Refusal] = {F: Move(F), S: Move(S)}
-_NO_SUSPEND = Refusal(400, "this version keeps no disks of suspended devboxes; shut it down instead")
+def _only_running(move: Move) -> dict[Status, Move | Refusal]:
+    asleep = Refusal(400, _ASLEEP)
+    return {P: Refusal(400, _NOT_YET), I: Refusal(400, _NOT_YET), R: move, U: asleep, Z: asleep, **_OVER}
+
+
+_SUSPEND = Move(U, (Effect.SUSPEND,))
+_SNAPSHOT_RUNS = Refusal(409, "a snapshot of it is being taken; wait for that, or use force=true")
 
 TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
     Event.BOOTED: {P: Move(I, (Effect.PREPARE,)), **_UNCHANGED},
     Event.PREPARED: {I: Move(R, (Effect.START_ENTRYPOINT,)), **_UNCHANGED},
     Event.FAILED: _fail(),
+    Event.RESUME_FAILED: {P: Move(Z), I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
     Event.BOX_ENDED: _fail(),
-    Event.ENTRYPOINT_ENDED: {R: Move(S, (Effect.FREE,), "entrypoint_exit"), **_UNCHANGED},
-    Event.DEADLINE_PASSED: _end("keep_alive_timeout"),
-    Event.SHUTDOWN_ASKED: _end("api_shutdown"),
+    Event.HOST_RESTARTED: {I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
+    Event.ENTRYPOINT_ENDED: {**_end("entrypoint_exit", R), U: Move(U), Z: Move(Z)},
+    Event.DEADLINE_PASSED: {**_end("keep_alive_timeout", P, I, R), U: Move(U), Z: Move(Z)},
+    Event.IDLE_TO_SHUTDOWN: {**_end("idle", R), U: Move(U), Z: Move(Z)},
+    Event.IDLE_TO_SUSPEND: {R: _SUSPEND, U: Move(U), Z: Move(Z), **_UNCHANGED},
+    Event.SUSPENDED: {U: Move(Z), Z: Move(Z), **_UNCHANGED},
+    Event.THAWED: {Z: Move(R, (Effect.RESET_DEADLINE,)), **_OVER},
+    Event.SHUTDOWN_ASKED: _end("api_shutdown", P, I, R, U, Z),
+    Event.SHUTDOWN_DURING_SNAPSHOT_ASKED: {status: _SNAPSHOT_RUNS for status in (P, I, R, U, Z)} | _UNCHANGED,
     Event.SUSPEND_ASKED: {
         P: Refusal(400, _NOT_YET),
         I: Refusal(400, _NOT_YET),
-        R: _NO_SUSPEND,
-        Z: Refusal(400, _ASLEEP),
-        F: Refusal(400, _ENDED),
-        S: Refusal(400, _ENDED),
+        R: _SUSPEND,
+        U: Refusal(400, "it is being suspended already"),
+        Z: Refusal(400, "it is suspended already"),
+        **_OVER,
     },
     Event.RESUME_ASKED: {
-        P: Refusal(400, "it is not suspended"),
-        I: Refusal(400, "it is not suspended"),
-        R: Refusal(400, "it is not suspended"),
-        Z: _NO_SUSPEND,
-        F: Refusal(400, _ENDED),
-        S: Refusal(400, _ENDED),
+        P: _NOT_SUSPENDED,
+        I: _NOT_SUSPENDED,
+        R: _NOT_SUSPENDED,
+        U: Refusal(400, "it is still being suspended; wait for the status suspended"),
+        Z: Move(P, (Effect.RESET_DEADLINE, Effect.BOOT)),
+        **_OVER,
     },
-    Event.KEEP_ALIVE_ASKED: {
-        P: Move(P, (Effect.RESET_DEADLINE,)),
-        I: Move(I, (Effect.RESET_DEADLINE,)),
-        R: Move(R, (Effect.RESET_DEADLINE,)),
-        Z: Move(Z, (Effect.RESET_DEADLINE,)),
-        F: Refusal(400, _ENDED),
-        S: Refusal(400, _ENDED),
-    },
-    Event.USE_ASKED: {
-        P: Refusal(400, _NOT_YET),
-        I: Refusal(400, _NOT_YET),
-        R: Move(R),
-        Z: Refusal(400, _ASLEEP),
-        F: Refusal(400, _ENDED),
-        S: Refusal(400, _ENDED),
-    },
+    Event.SNAPSHOT_ASKED: _only_running(Move(R)),
+    Event.KEEP_ALIVE_ASKED: {status: Move(status, (Effect.RESET_DEADLINE,)) for status in (P, I, R, U, Z)} | _OVER,
+    Event.USE_ASKED: _only_running(Move(R)),
 }
 """The whole table. A pair that is absent raises InvalidTransition: no part of the server may bring it about."""
 

@@ -8,24 +8,30 @@ import msgspec
 
 from devboxd.engine.base import Resources
 from devboxd.errors import bad_request
+from devboxd.ids import check_id
 
 GIB = 1 << 30
 MAX_NAME = 1024
 MAX_MAP = 1024
 DEFAULT_LIFE_S = 3600
 MAX_LIFE_S = 172_800
+MAX_IDLE_S = 172_800
+MAX_HOOKS_MS = 60_000
+DEFAULT_HOOKS_MS = 30_000
+DEFAULT_DISK_GIB = 4
+"""Of a custom size that names none."""
 
 Size = Literal["X_SMALL", "SMALL", "MEDIUM", "LARGE", "X_LARGE", "XX_LARGE", "CUSTOM_SIZE"]
 
-SIZES: dict[str, tuple[float, int]] = {
-    "X_SMALL": (0.5, 1),
-    "SMALL": (1, 2),
-    "MEDIUM": (2, 4),
-    "LARGE": (2, 8),
-    "X_LARGE": (4, 16),
-    "XX_LARGE": (8, 32),
+SIZES: dict[str, tuple[float, int, int]] = {
+    "X_SMALL": (0.5, 1, 4),
+    "SMALL": (1, 2, 4),
+    "MEDIUM": (2, 4, 8),
+    "LARGE": (2, 8, 16),
+    "X_LARGE": (4, 16, 16),
+    "XX_LARGE": (8, 32, 16),
 }
-"""Size to (cpu cores, GiB of memory)."""
+"""Size to (cpu cores, GiB of memory, GiB of disk)."""
 
 
 class UserParameters(msgspec.Struct, frozen=True):
@@ -33,6 +39,35 @@ class UserParameters(msgspec.Struct, frozen=True):
 
     username: str
     uid: int
+
+
+class IdlePolicy(msgspec.Struct, frozen=True):
+    """What happens to a devbox that nobody has used for so many seconds; without values it asks for nothing."""
+
+    idle_time_seconds: int = 0
+    on_idle: Literal["shutdown", "suspend", ""] = ""
+
+
+class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What wakes a suspended devbox, once there are tunnels and axons; kept until then."""
+
+    http: bool | None = None
+    axon_event: bool | None = None
+
+
+class LifecycleHooks(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Commands before a suspend, all together within the deadline."""
+
+    suspend_commands: list[str] | None = None
+    suspend_deadline_ms: int | None = None
+
+
+class Lifecycle(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a devbox sleeps and wakes."""
+
+    after_idle: IdlePolicy | None = None
+    resume_triggers: ResumeTriggers | None = None
+    lifecycle_hooks: LifecycleHooks | None = None
 
 
 class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -48,9 +83,9 @@ class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
     keep_alive_time_seconds: int | None = None
     available_ports: list[int] | None = None
     provisioning_tier: Literal["standard", "flex"] | None = None
+    after_idle: IdlePolicy | None = None
+    lifecycle: Lifecycle | None = None
     # not yet
-    after_idle: Any = None
-    lifecycle: Any = None
     network_policy_id: Any = None
     required_services: Any = None
 
@@ -64,11 +99,11 @@ class CreateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entrypoint: str | None = None
     launch_parameters: LaunchParameters | None = None
     metadata: dict[str, str] | None = None
+    snapshot_id: str | None = None
     # not yet
     mounts: Any = None
     code_mounts: Any = None
     secrets: Any = None
-    snapshot_id: Any = None
     blueprint_id: Any = None
     blueprint_name: Any = None
     tunnel: Any = None
@@ -134,7 +169,6 @@ _NOT_YET_CREATE = (
     "mounts",
     "code_mounts",
     "secrets",
-    "snapshot_id",
     "blueprint_id",
     "blueprint_name",
     "tunnel",
@@ -142,7 +176,7 @@ _NOT_YET_CREATE = (
     "mcp",
     "repo_connection_id",
 )
-_NOT_YET_LAUNCH = ("after_idle", "lifecycle", "network_policy_id", "required_services")
+_NOT_YET_LAUNCH = ("network_policy_id", "required_services")
 
 
 def _unsupported(field: str) -> Exception:
@@ -187,6 +221,10 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
             raise bad_request("cannot run an empty launch command: give each entry of launch_commands a text")
     _check_user(launch.user_parameters)
     _check_life(launch.keep_alive_time_seconds)
+    _check_idle(launch)
+    _check_hooks(launch)
+    if body.snapshot_id:
+        check_id("snp", body.snapshot_id, "snapshot")
     return launch, resources(launch)
 
 
@@ -250,6 +288,42 @@ def _check_life(seconds: int | None) -> None:
         )
 
 
+def idle_policy(launch: LaunchParameters) -> IdlePolicy | None:
+    """The policy, from either of its two places."""
+    inner = launch.lifecycle.after_idle if launch.lifecycle else None
+    return next((policy for policy in (launch.after_idle, inner) if policy not in (None, IdlePolicy())), None)
+
+
+def _check_idle(launch: LaunchParameters) -> None:
+    inner = launch.lifecycle.after_idle if launch.lifecycle else None
+    asked = {policy for policy in (launch.after_idle, inner) if policy not in (None, IdlePolicy())}
+    if len(asked) == 2:
+        raise bad_request(
+            "cannot use two idle policies: launch_parameters.after_idle and lifecycle.after_idle differ; set one"
+        )
+    policy = idle_policy(launch)
+    if policy is not None and not policy.on_idle:
+        raise bad_request("cannot use an idle policy without on_idle: it is shutdown or suspend")
+    if policy is not None and not 1 <= policy.idle_time_seconds <= MAX_IDLE_S:
+        raise bad_request(
+            f"cannot wait {policy.idle_time_seconds} s for a devbox to be idle: idle_time_seconds is 1 to {MAX_IDLE_S}"
+        )
+
+
+def _check_hooks(launch: LaunchParameters) -> None:
+    hooks = launch.lifecycle.lifecycle_hooks if launch.lifecycle else None
+    if hooks is None:
+        return
+    for command in hooks.suspend_commands or ():
+        _check_text("suspend_commands", command)
+        if not command.strip():
+            raise bad_request("cannot run an empty suspend command: give each entry of suspend_commands a text")
+    if hooks.suspend_deadline_ms is not None and not 1 <= hooks.suspend_deadline_ms <= MAX_HOOKS_MS:
+        raise bad_request(
+            f"cannot give suspend commands {hooks.suspend_deadline_ms} ms: suspend_deadline_ms is 1 to {MAX_HOOKS_MS}"
+        )
+
+
 PIDS_LEAST = 1024
 PIDS_PER_GIB = 256
 
@@ -261,14 +335,13 @@ def resources(launch: LaunchParameters) -> Resources:
     if size != "CUSTOM_SIZE":
         if any(value is not None for value in custom):
             raise bad_request("cannot use custom_... sizes: set resource_size_request to CUSTOM_SIZE with them")
-        cores, gib = SIZES[size]
-        return _limits(cores, gib)
+        return _limits(*SIZES[size])
     return _custom(launch.custom_cpu_cores, launch.custom_gb_memory, launch.custom_disk_size)
 
 
-def _limits(cores: float, gib: int) -> Resources:
+def _limits(cores: float, gib: int, disk_gib: int) -> Resources:
     """Processes and threads grow with memory; more than these in a small box slow its neighbours down."""
-    return Resources(cores, gib * GIB, max(PIDS_LEAST, PIDS_PER_GIB * gib))
+    return Resources(cores, gib * GIB, max(PIDS_LEAST, PIDS_PER_GIB * gib), disk_gib * GIB)
 
 
 def _custom(cores: float | None, gib: int | None, disk: int | None) -> Resources:
@@ -282,4 +355,4 @@ def _custom(cores: float | None, gib: int | None, disk: int | None) -> Resources
         raise bad_request(f"cannot use {disk} as custom_disk_size: an even number from 2 to 64")
     if not 2 <= gib / cores <= 8:
         raise bad_request(f"cannot combine {cores:g} cores with {gib} GiB: 2 to 8 GiB of memory belong to a core")
-    return _limits(cores, gib)
+    return _limits(cores, gib, disk or DEFAULT_DISK_GIB)

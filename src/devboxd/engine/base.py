@@ -85,8 +85,14 @@ class Engine(Protocol):
     async def snapshots(self) -> set[str]:
         """The snapshots that are whole."""
 
+    def has_disk(self, box_id: str) -> bool:
+        """Whether the disk of a box is there, and whole."""
+
     def disk_used(self, name: str) -> int | None:
         """Bytes on the disk of a box, or in a snapshot, over its image; None where that is not known."""
+
+    def cpu_seconds(self, box_id: str) -> float:
+        """Processor time that the box has used so far; 0 for unknown boxes."""
 
     def short_of(self) -> str | None:
         """Why the machine has no room for another box, None when it has."""

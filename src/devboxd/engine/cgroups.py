@@ -61,6 +61,10 @@ class Cgroups(ABC):
         """How many processes of the box the kernel has killed for lack of memory; 0 for unknown boxes."""
 
     @abstractmethod
+    def cpu_seconds(self, box_id: str) -> float:
+        """Processor time that the box has used so far; 0 for unknown boxes."""
+
+    @abstractmethod
     def entrances(self, box_id: str) -> list[Path]:
         """The files into which a process with one thread writes 0 to enter the box."""
 
@@ -227,6 +231,13 @@ class Version1(Cgroups):
         """From memory.oom_control."""
         return _counter(self._box("memory", box_id) / "memory.oom_control", "oom_kill")
 
+    def cpu_seconds(self, box_id: str) -> float:
+        """From cpuacct.usage."""
+        try:
+            return int((self._box("cpuacct", box_id) / "cpuacct.usage").read_text()) / 1e9
+        except OSError:
+            return 0.0
+
     def entrances(self, box_id: str) -> list[Path]:
         """`tasks`: to move a whole process the kernel waits for a grace period (20 ms), for a thread it does not."""
         return [top / "boxes" / box_id / "tasks" for top in self.tops()]
@@ -286,6 +297,10 @@ class Version2(Cgroups):
     def oom_kills(self, box_id: str) -> int:
         """From memory.events."""
         return _counter(self._box(box_id) / "memory.events", "oom_kill")
+
+    def cpu_seconds(self, box_id: str) -> float:
+        """From cpu.stat."""
+        return _counter(self._box(box_id) / "cpu.stat", "usage_usec") / 1e6
 
     def entrances(self, box_id: str) -> list[Path]:
         """cgroup.procs: all threads of a process are in one cgroup here."""

@@ -44,10 +44,15 @@ class Images:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = settings.cache / "images"
+        self._ensured: Image | None = None
 
     def default(self) -> Image | None:
         """The default image when it is built already."""
-        return self._image(recipe.digest(self._settings))
+        return self._ensured or self._image(recipe.digest(self._settings))
+
+    def named(self, name: str) -> Image | None:
+        """The image of this name, when it is here."""
+        return self._image(name.removeprefix("default-"))
 
     async def ensure_default(self, progress: Progress) -> Image:
         """The default image, built now when it is missing; waits when another process builds it at this moment.
@@ -57,6 +62,7 @@ class Images:
         """
         name = await asyncio.to_thread(recipe.digest, self._settings)
         if image := self._image(name):
+            self._ensured = image
             progress(1.0, "image is ready")
             return image
         self._make_folder()
@@ -70,6 +76,7 @@ class Images:
         image = self._image(name)
         if image is None:
             raise EngineError(f"cannot find the image that was just built in {self._folder}; did somebody delete it?")
+        self._ensured = image
         progress(1.0, "image is ready")
         return image
 

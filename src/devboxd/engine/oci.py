@@ -138,8 +138,9 @@ class OciEngine:
         self._disks.close()
 
     async def create(self, spec: BoxSpec) -> None:
-        """Make and start a box. A living box of this id is left as it is; what is left of another is removed first."""
+        """Make and start a box. A living box of this id gets the limits; what is left of another is removed first."""
         if (record := self._record(spec.box_id)) and record.lives():
+            await self.resize(spec.box_id, spec.resources)
             return
         async with self._starts:
             if (self._boxes / spec.box_id).exists():
@@ -222,9 +223,17 @@ class OciEngine:
         """By the folders in the pool."""
         return await finished(self._disks.snapshots)
 
+    def has_disk(self, box_id: str) -> bool:
+        """By its folder in the pool."""
+        return self._disks.path(box_id).exists()
+
     def disk_used(self, name: str) -> int | None:
         """As of some seconds ago."""
         return self._disks.used(name)
+
+    def cpu_seconds(self, box_id: str) -> float:
+        """From its cgroup."""
+        return self._cgroups.cpu_seconds(box_id)
 
     def short_of(self) -> str | None:
         """Asks the disk below the pool."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -74,11 +75,29 @@ class Box:
     leaving: dict[str, asyncio.Event] = field(default_factory=dict)
     """The keys of idle shells that are being ended; the event comes with the end."""
     running: dict[str, Running] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    """The connections and transfers that are open at this moment, by kind."""
+    touched_ms: int = 0
+    """When somebody last asked for something here, in Unix milliseconds."""
     shells: dict[str, Shell] = field(default_factory=dict)
     _agent: AgentClient | None = None
     _attached: asyncio.Event = field(default_factory=asyncio.Event)
     _on_lost: Callable[[], None] = lambda: None
     _complaints: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPLAINTS))
+
+    def touch(self) -> None:
+        """Somebody asked for something here just now."""
+        self.touched_ms = time.time_ns() // 1_000_000
+
+    @contextmanager
+    def using(self, kind: str) -> Iterator[None]:
+        """Count a connection or transfer as open while the block lasts."""
+        self.uses[kind] += 1
+        try:
+            yield
+        finally:
+            self.uses[kind] -= 1
+            self.touch()
 
     @property
     def agent(self) -> AgentClient:

@@ -118,6 +118,8 @@ class Looking:
             reader = self._journals.reader(row.devbox_id, row.id, stream)
             stack.callback(reader.close)
             stack.enter_context(self._closing.waking(event))
+            if (box := self._boxes.find(row.devbox_id)) is not None:
+                stack.enter_context(box.using("stream"))
             silence = HEARTBEAT_S
             if running is not None:
                 if not stack.enter_context(self._watcher.watching(path, event)):

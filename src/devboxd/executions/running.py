@@ -109,6 +109,10 @@ class Executions:
             await agent.close()
             raise
 
+    def box(self, box_id: str) -> Box | None:
+        """The box, when it is in service."""
+        return self._boxes.find(box_id)
+
     async def detach(self, box_id: str, why: str) -> None:
         """The box is gone: every execution that had not completed ends now, with what it wrote."""
         box = self._boxes.find(box_id)

@@ -60,6 +60,7 @@ class Binding:
         self.takes_call = False
         self.body: BodyDecoder | None = None
         self.query: dict[str, Parameter] = {}
+        self.bracketed: list[str] = []
         self.fixed: dict[str, object] = {}
         hints = typing.get_type_hints(handler, include_extras=True)
         self.returns: Any = hints.get("return")
@@ -79,6 +80,8 @@ class Binding:
                 raise TypeError(f"{self.handler.__qualname__}: the parameter of type Call is named call")
         elif name == "body":
             self.body = BodyDecoder(kind)
+        elif kind is Bracketed:
+            self.bracketed.append(name)
         elif name not in self.path_names:
             self.query[name] = Parameter(name, kind, default)
 
@@ -90,8 +93,10 @@ class Binding:
             arguments["call"] = call
         if self.body is not None:
             arguments["body"] = self.body.decode(body)
-        if self.query:
-            given = _parse_query(query) if query else {}
+        if self.query or self.bracketed:
+            pairs = _parse_query(query) if query else []
+            given = dict(pairs)
+            arguments.update((name, _bracketed(name, pairs)) for name in self.bracketed)
             for name, parameter in self.query.items():
                 if name in given:
                     arguments[name] = parameter.convert(given[name])
@@ -100,11 +105,25 @@ class Binding:
         return arguments
 
 
-def _parse_query(query: bytes) -> dict[str, str]:
+def _parse_query(query: bytes) -> list[tuple[str, str]]:
     try:
-        return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_FIELDS))
+        return list(parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_FIELDS))
     except ValueError as error:
         raise bad_request(f"cannot read the query: it has more than {_MAX_FIELDS} parameters; send fewer") from error
+
+
+class Bracketed(dict[str, list[str]]):
+    """A filter of the query: `name[key]=value`, and `name[key][in]=one,another`; a key to the values that match."""
+
+
+def _bracketed(name: str, pairs: list[tuple[str, str]]) -> Bracketed:
+    found = Bracketed()
+    for given, value in pairs:
+        if given.startswith(f"{name}[") and given.endswith("]"):
+            key = given[len(name) + 1 : -1]
+            values = value.split(",") if key.endswith("][in") else [value]
+            found.setdefault(key.removesuffix("][in"), []).extend(values)
+    return found
 
 
 @dataclass(frozen=True)

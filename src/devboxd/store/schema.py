@@ -82,12 +82,38 @@ devboxes = Table(
     Column("prepared", Boolean, nullable=False),
     Column("disk_freed", Boolean, nullable=False),
     Column("swept", Boolean, nullable=False),
-    Index("devboxes_by_account", "account_id", "id"),
+    Column("snapshot_id", String(64)),
+    Column("image", Text),
+    Column("boots", Integer, nullable=False, server_default="0"),
+    Column("idle_since_ms", BigInteger),
+    Index("devboxes_by_account", "account_id", "create_time_ms", "id"),
     Index("devboxes_by_status", "status"),
     _partial("devboxes_unfreed", ["id"], "NOT disk_freed"),
     _partial("devboxes_unswept", ["id", "end_time_ms"], "NOT swept AND disk_freed"),
 )
-"""`prepared`: files and launch commands are done. `swept`: executions and journals were removed after retention."""
+"""`prepared`: files and launch commands are done. `swept`: executions and journals were removed after retention.
+`boots`: how often it was resumed. `image`: the name of what it starts from, once it has."""
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("account_id", String(64), nullable=False),
+    Column("devbox_id", String(64), nullable=False),
+    Column("image", Text),
+    Column("name", Text),
+    Column("commit_message", Text),
+    Column("metadata", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("error", Text),
+    Column("size_bytes", BigInteger),
+    Column("manifest", String(64)),
+    Column("create_time_ms", BigInteger, nullable=False),
+    Index("snapshots_by_account", "account_id", "id"),
+    Index("snapshots_by_box", "devbox_id", "id"),
+    _partial("snapshots_in_progress", ["id"], "status = 'in_progress'"),
+)
+"""Rows stay when a snapshot is deleted: its status is `deleted` then. `manifest`: a hash over all that it holds."""
 
 executions = Table(
     "executions",

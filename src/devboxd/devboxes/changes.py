@@ -1,0 +1,135 @@
+"""What is remembered of a devbox that lives, and the one way in which it changes: an event, committed, then told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import structlog
+
+from devboxd.devboxes import store as rows
+from devboxd.devboxes.states import TERMINAL, Effect, Event, Refusal, Status, step
+from devboxd.devboxes.store import Devbox
+from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
+from devboxd.errors import ApiError
+from devboxd.store.db import Store, StoreError
+
+_log = structlog.get_logger()
+_STORE_AGAIN_S = 1.0
+_NEVER_MS = 1 << 60
+_LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED})
+"""What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
+
+
+class BoxFailure(Exception):
+    """A devbox cannot go on: the reason's name on the wire, and in words."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.text = text
+
+
+@dataclass
+class Life:
+    """A devbox that has not been freed, and those who wait for it."""
+
+    devbox: Devbox
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    memory: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by whoever thaws its processes or ends them."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    wakes: set[asyncio.Event] = field(default_factory=set)
+    supervisor: asyncio.Task[None] | None = None
+    frozen: bool = False
+    """It is suspended and its processes are still there."""
+    awake: tuple[str, ...] = ()
+    """What kept it awake when it was last looked at."""
+    snapshots: set[str] = field(default_factory=set)
+    """The snapshots that are being taken of it."""
+
+    def update(self, devbox: Devbox) -> None:
+        """Take the new record and wake everybody who waits for a change."""
+        self.devbox = devbox
+        self.changed.set()
+        for event in self.wakes:
+            event.set()
+
+
+class Changes:
+    """Applies events to devboxes. One at a time for each of them."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def apply(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
+        """Let an event happen, with more columns to be written. Raises the refusal of the table, and StoreError."""
+        async with life.lock:
+            devbox = life.devbox
+            move = step(devbox.status, event)
+            if isinstance(move, Refusal):
+                raise refused(devbox, event.removesuffix("_asked"), move)
+            now = now_ms()
+            values: dict[str, Any] = more if move.status != devbox.status else {}
+            if Effect.RESET_DEADLINE in move.effects:
+                values["deadline_ms"] = deadline(devbox.launch_parameters, now)
+            if Effect.BOOT in move.effects:
+                values["boots"] = devbox.boots + 1
+            if move.status != devbox.status:
+                text = failure.text if failure else None
+                values["status"] = move.status
+                values["transitions"] = [*devbox.transitions, StateTransition(move.status, now, text)]
+                values["prepared"] = devbox.prepared or move.status == Status.RUNNING
+                if move.status in TERMINAL:
+                    values["end_time_ms"] = now
+                    values["shutdown_reason"] = move.shutdown_reason
+                    values["failure_reason"] = failure.reason if failure else None
+            if values:
+                change = partial(rows.change, devbox=devbox, **values)
+                life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
+                _log.info("devbox", id=devbox.id, was=devbox.status, status=move.status, by=event)
+
+    async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
+        """Apply an event that nobody asked for; a store that cannot be written is tried until it can."""
+        while True:
+            try:
+                return await self.apply(life, event, failure, **more)
+            except StoreError as full:
+                _log.error("cannot store the state of a devbox; trying again", id=life.devbox.id, error=str(full))
+                await asyncio.sleep(_STORE_AGAIN_S)
+
+    async def note(self, life: Life, **values: Any) -> None:
+        """Write columns that nobody waits for; tried until it can be done."""
+        while True:
+            try:
+                async with life.lock:
+                    change = partial(rows.change, devbox=life.devbox, **values)
+                    life.update(await self._store.write(change, synced=False))
+                return
+            except StoreError as full:
+                _log.error("cannot store what a devbox does; trying again", id=life.devbox.id, error=str(full))
+                await asyncio.sleep(_STORE_AGAIN_S)
+
+
+def deadline(launch: LaunchParameters, now: int) -> int:
+    """When a devbox that is made, resumed or kept alive now ends; with an idle policy that alone decides."""
+    if idle_policy(launch) is not None:
+        return _NEVER_MS
+    return now + (launch.keep_alive_time_seconds or DEFAULT_LIFE_S) * 1000
+
+
+def refused(devbox: Devbox, verb: str, refusal: Refusal) -> ApiError:
+    """The answer to a request for what the table refuses."""
+    retry = False if refusal.code == 409 else None
+    verb = verb.removesuffix("_during_snapshot").replace("_", " ")
+    return ApiError(
+        refusal.code, f"cannot {verb} the devbox {devbox.id} while it is {devbox.status}: {refusal.advice}", retry=retry
+    )
+
+
+def now_ms() -> int:
+    """The wall clock, in Unix milliseconds."""
+    return time.time_ns() // 1_000_000

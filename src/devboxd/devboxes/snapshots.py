@@ -1,0 +1,166 @@
+"""Snapshots of disks: taken at one instant, kept until somebody deletes them, independent of where they came from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection
+
+from devboxd.devboxes import snapshot_store as rows
+from devboxd.devboxes.changes import Life, now_ms
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.snapshot_store import COMPLETE, DELETED, ERROR, IN_PROGRESS, Snapshot
+from devboxd.devboxes.states import Event
+from devboxd.engine.base import Engine, EngineError
+from devboxd.errors import ApiError, conflict, not_found
+from devboxd.http.once import Once
+from devboxd.ids import check_id, new_id
+from devboxd.store.db import Store, StoreError
+from devboxd.tasks import Tasks
+
+_log = structlog.get_logger()
+_STORE_AGAIN_S = 1.0
+
+
+class Snapshots:
+    """All snapshots of all accounts."""
+
+    def __init__(self, store: Store, engine: Engine, devboxes: Devboxes) -> None:
+        self._store = store
+        self._engine = engine
+        self._devboxes = devboxes
+        self._taking: dict[str, asyncio.Task[None]] = {}
+        self._tasks = Tasks()
+
+    async def open(self) -> None:
+        """Settle what an earlier server had begun, and remove what no row wants."""
+        found = await self._engine.snapshots()
+        for snapshot in await self._store.read(rows.unfinished):
+            whole = snapshot.id in found
+            await self._finish(snapshot, None if whole else "the server was killed while it was taken; take another")
+        for snapshot_id in found - await self._store.read(rows.wanted):
+            self._tasks.start(self._engine.delete_snapshot(snapshot_id), f"remove {snapshot_id}")
+
+    async def close(self) -> None:
+        """Stop what goes on in the background; the next server settles it."""
+        await self._tasks.close()
+
+    async def take(
+        self, account: str, devbox_id: str, name: str | None, message: str | None, metadata: dict[str, str], once: Once
+    ) -> Snapshot:
+        """Begin a snapshot of a running devbox; it is committed and `in_progress`. Raises 400 for other states."""
+        if once.ref is not None:
+            return await self.get(account, once.ref)
+        life = await self._devboxes.life(account, devbox_id, Event.SNAPSHOT_ASKED)
+        devbox = life.devbox
+        if (short := self._engine.short_of()) is not None:
+            raise ApiError(
+                503, f"cannot take a snapshot: {short}; delete snapshots or devboxes, or add room", retry=False
+            )
+        snapshot = Snapshot(
+            new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None, None,
+            now_ms(),
+        )  # fmt: skip
+
+        def insert(connection: Connection) -> None:
+            rows.add(connection, snapshot)
+            once.bind(connection, snapshot.id)
+
+        life.snapshots.add(snapshot.id)
+        try:
+            await self._store.write(insert)
+        except BaseException:
+            life.snapshots.discard(snapshot.id)
+            raise
+        self._taking[snapshot.id] = self._tasks.start(self._work(life, snapshot), f"snapshot {snapshot.id}")
+        return snapshot
+
+    async def taken(self, account: str, snapshot_id: str) -> Snapshot:
+        """The snapshot when it is in progress no more. Raises 500 that says why when it failed."""
+        if (task := self._taking.get(snapshot_id)) is not None:
+            await asyncio.wait({task})
+        snapshot = await self.get(account, snapshot_id)
+        if snapshot.status == ERROR:
+            raise ApiError(500, f"cannot take the snapshot {snapshot_id}: {snapshot.error}", retry=False)
+        return snapshot
+
+    async def get(self, account: str, snapshot_id: str) -> Snapshot:
+        """The snapshot, also a deleted one. Raises 400 for a malformed id, 404 for an unknown or foreign one."""
+        check_id("snp", snapshot_id, "snapshot")
+        snapshot = await self._store.read(lambda c: rows.get(c, snapshot_id))
+        if snapshot is None or snapshot.account_id != account:
+            raise not_found(f"cannot find the snapshot {snapshot_id}; check the id and the account of the key")
+        return snapshot
+
+    async def page(
+        self,
+        account: str,
+        devbox_id: str | None,
+        metadata: Mapping[str, Sequence[str]],
+        starting_after: str | None,
+        limit: int,
+        count: bool,
+    ) -> tuple[list[Snapshot], bool, int | None]:
+        """A page of snapshots, newest first: (snapshots, whether more follow, how many match)."""
+        return await self._store.read(
+            lambda c: rows.page(c, account, devbox_id, metadata, starting_after, limit, count)
+        )
+
+    async def keys(self, account: str) -> list[str]:
+        """All keys of metadata."""
+        return await self._store.read(lambda c: rows.keys(c, account))
+
+    async def values_of(self, account: str, key: str) -> list[str]:
+        """All values of one key."""
+        return await self._store.read(lambda c: rows.values_of(c, account, key))
+
+    async def update(self, account: str, snapshot_id: str, **values: Any) -> Snapshot:
+        """Write name, commit message or metadata. Raises 404 for one that is deleted."""
+        snapshot = await self.get(account, snapshot_id)
+        if snapshot.status == DELETED:
+            raise not_found(f"cannot change the snapshot {snapshot_id}: it was deleted")
+        return await self._store.write(lambda c: rows.change(c, snapshot, **values)) if values else snapshot
+
+    async def delete(self, account: str, snapshot_id: str) -> None:
+        """Delete a snapshot; one that is deleted already stays so. Raises 409 while it is taken or begun from."""
+        snapshot = await self.get(account, snapshot_id)
+        if snapshot.status == IN_PROGRESS:
+            raise conflict(
+                f"cannot delete the snapshot {snapshot_id} while it is being taken; wait until it is complete"
+            )
+        if self._devboxes.begins_from(snapshot_id):
+            raise ApiError(
+                409, f"cannot delete the snapshot {snapshot_id}: a devbox is being made from it; try again", retry=True
+            )
+        if snapshot.status != DELETED:
+            await self._store.write(lambda c: rows.change(c, snapshot, status=DELETED))
+        await self._engine.delete_snapshot(snapshot_id)
+
+    async def _work(self, life: Life, snapshot: Snapshot) -> None:
+        error = None
+        try:
+            await self._engine.snapshot(snapshot.devbox_id, snapshot.id)
+        except EngineError as failed:
+            error = str(failed)
+        try:
+            await self._finish(snapshot, error)
+        finally:
+            life.snapshots.discard(snapshot.id)
+            del self._taking[snapshot.id]
+
+    async def _finish(self, snapshot: Snapshot, error: str | None) -> None:
+        size = None if error else await asyncio.to_thread(self._engine.disk_used, snapshot.id)
+        status = ERROR if error else COMPLETE
+        change = partial(rows.change, snapshot=snapshot, status=status, error=error, size_bytes=size)
+        while True:
+            try:
+                await self._store.write(change)
+                break
+            except StoreError as full:
+                _log.error("cannot store a snapshot; trying again", id=snapshot.id, error=str(full))
+                await asyncio.sleep(_STORE_AGAIN_S)
+        _log.info("snapshot", id=snapshot.id, devbox=snapshot.devbox_id, status=status, error=error)
