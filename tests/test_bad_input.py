@@ -131,7 +131,6 @@ UNSUPPORTED = {
     "mounts": [{"type": "file_mount", "target": "/tmp/a", "content": "x"}],
     "code_mounts": [{"repo_name": "a", "repo_owner": "b"}],
     "secrets": {"NAME": "secret"},
-    "snapshot_id": "snp_" + "0" * 21,
     "blueprint_id": "bpt_" + "0" * 21,
     "blueprint_name": "base",
     "tunnel": {"auth_mode": "open"},
@@ -139,8 +138,6 @@ UNSUPPORTED = {
     "mcp": {"MCP": {"mcp_config": "a", "secret": "b"}},
 }
 UNSUPPORTED_LAUNCH = {
-    "after_idle": {"idle_time_seconds": 60, "on_idle": "shutdown"},
-    "lifecycle": {"after_idle": {"idle_time_seconds": 60, "on_idle": "suspend"}},
     "network_policy_id": "np_" + "0" * 21,
     "required_services": ["postgres"],
     "architecture": "arm64",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -125,13 +126,13 @@ def _found(server: Server) -> list[tuple[int, int, bool]]:
     return [(line["live"], line["ended_meanwhile"], line["host_was_restarted"]) for line in found]
 
 
-def test_a_reboot_of_the_host_fails_its_boxes_with_that_reason(own_server: Server) -> None:
+def test_a_reboot_of_the_host_ends_processes_and_keeps_disks(own_server: Server) -> None:
     with own_server.api() as api:
         ended = api.create()
         kept = api.run(ended, "echo kept")["execution_id"]
         api.shutdown(ended)
         box = api.create()
-        done = api.run(box, "echo done; exit 3")["execution_id"]
+        done = api.run(box, "echo done; echo kept >file; exit 3")["execution_id"]
         execution = api.start(box, "cat; sleep 81", attach_stdin=True)
         assert api.send(box, execution, "before\n")
         shell = [api.start(box, command, shell_name="work") for command in ("echo first; sleep 81", "echo never")]
@@ -147,14 +148,29 @@ def test_a_reboot_of_the_host_fails_its_boxes_with_that_reason(own_server: Serve
     own_server.restart()  # killed as soon as it took note: whatever it did not finish is finished now
     with own_server.api() as api:
         for one in (box, launching):
-            view = api.wait_box(one, "failure")
-            assert view["failure_reason"] == "execution_failed"
-            reason = view["state_transitions"][-1]["failure_reason"]
-            assert reason == "the host was restarted and the devbox ended with it"
+            view = api.wait_box(one, "suspended")
+            assert "the host was restarted" in view["state_transitions"][-1]["failure_reason"]
         assert _outcomes(api, box, [done, execution, *shell]) == [
             (3, "done\n"), (137, "before\n"), (137, "first\n"), (137, "")
         ]  # fmt: skip
         assert (api.box(ended)["status"], _outcomes(api, ended, [kept])) == ("shutdown", [(0, "kept\n")])
         assert api.output(api.create(), "echo fresh") == "fresh\n"
-    assert list((own_server.state / "disks").glob(box)) == [], "its disk is freed"
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "running")
+        assert api.output(box, "cat file") == "kept\n"
     assert _found(own_server) == [(0, 0, False), (0, 2, True), (0, 0, False)]
+
+
+def test_a_reboot_that_took_the_disk_fails_the_box_with_that_reason(own_server: Server) -> None:
+    with own_server.api() as api:
+        box = api.create()
+    _restart_the_machine(own_server)
+    for name in ("pool.btrfs", "disks"):  # what a disk of the machine in memory leaves behind
+        subprocess.run(["rm", "-rf", own_server.state / name], check=True)
+    own_server.restart()
+    with own_server.api() as api:
+        view = api.wait_box(box, "failure")
+        assert view["failure_reason"] == "execution_failed"
+        reason = view["state_transitions"][-1]["failure_reason"]
+        assert reason == "the host was restarted and the devbox ended with it"
+    assert not (own_server.state / "disks" / box).exists(), "its disk is freed"

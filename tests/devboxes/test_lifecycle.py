@@ -160,11 +160,6 @@ def test_a_create_is_done_once_per_request(api: Api) -> None:
     api.shutdown(first["id"])
 
 
-def test_suspend_and_resume_are_refused_with_a_reason(api: Api, box: str) -> None:
-    assert "suspend" in api.refused("POST", f"/v1/devboxes/{box}/suspend", 400)
-    assert "not suspended" in api.refused("POST", f"/v1/devboxes/{box}/resume", 400)
-
-
 def test_an_ended_box_refuses_use_and_keeps_its_executions(api: Api) -> None:
     box = api.create()
     done = api.run(box, "echo kept")

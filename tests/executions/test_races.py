@@ -298,6 +298,7 @@ def test_one_command_id_at_the_same_time_is_one_execution_and_leaves_no_files(
 ) -> None:
     journals = server.state / "journals" / box
     body = {"command": "echo x", "command_id": str(uuid.uuid4()), "optimistic_timeout": 10}
+    api.run(box, "true")
     before = len(list(journals.iterdir()))
     answers = [side.submit(_post, server, f"/v1/devboxes/{box}/execute", body) for _ in range(12)]
     assert {answer.result().json()["execution_id"] for answer in answers} == {body["command_id"]}

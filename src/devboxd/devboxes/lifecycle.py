@@ -85,13 +85,11 @@ class Devboxes:
                 await self._missed(life, rebooted)
                 gone += 1
             life.frozen = devbox.status is Status.SUSPENDED and alive.get(devbox.id, False)
-            if devbox.status is not Status.SUSPENDED or life.frozen:
-                # before the first request asks for what ran
-                await self._executions.adopt(self._supervisor.box(devbox))
+            await self._executions.adopt(self._supervisor.box(devbox))  # before the first request asks for what ran
             self._begin(life)
         for box_id in alive.keys() - self._lives.keys():
             self._tasks.start(self._engine.destroy(box_id), f"remove {box_id}")
-        lives = sum(life.devbox.status not in TERMINAL for life in self._lives.values())
+        lives = sum(life.devbox.status in LIVE for life in self._lives.values())
         _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, host_was_restarted=rebooted)
         self._tasks.start(self._sweep(), "sweep")
         self._tasks.start(self._measure(), "measuring journals")

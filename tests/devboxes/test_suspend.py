@@ -1,0 +1,166 @@
+"""Sleep: the disk stays, the processes end after the hooks, or are frozen for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from support.api import Api
+from support.reader import Reader
+from support.server import Server
+
+pytestmark = pytest.mark.box
+
+
+def suspend(api: Api, box: str) -> None:
+    api.call("POST", f"/v1/devboxes/{box}/suspend")
+    api.wait_box(box, "suspended")
+
+
+def resume(api: Api, box: str) -> None:
+    api.call("POST", f"/v1/devboxes/{box}/resume")
+    api.wait_box(box, "running")
+
+
+@pytest.fixture(scope="module")
+def freezing() -> Iterator[Server]:
+    """A server that keeps the memory of suspended devboxes for a while."""
+    server = Server(suspend_keep_memory_seconds="600")
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def test_the_disk_stays_and_processes_end(api: Api) -> None:
+    launch = {"launch_commands": ["echo launched >>~/launches"]}
+    box = api.create(launch_parameters=launch, file_mounts={"/tmp/mounted": "as made"}, entrypoint="sleep 1000")
+    api.run(box, "echo kept >/tmp/t; echo mine >/tmp/mounted")
+    address = api.output(box, "hostname -i; hostname")
+    running = api.start(box, "echo said; sleep 1000")
+    with api.stream(box, running) as events:
+        next(events)
+    suspend(api, box)
+    view = api.wait(box, running)
+    assert (view["status"], view["exit_status"], view["stdout"]) == ("completed", 137, "said\n")
+    for refusal in ("execute_async", "execute"):
+        assert "resume" in api.refused(
+            "POST", f"/v1/devboxes/{box}/{refusal}", 400, {"command": "true", "command_id": "c"}
+        )
+    assert "already" in api.refused("POST", f"/v1/devboxes/{box}/suspend", 400)
+    resume(api, box)
+    assert "not suspended" in api.refused("POST", f"/v1/devboxes/{box}/resume", 400)
+    assert api.output(box, "cat /tmp/t /tmp/mounted ~/launches") == "kept\nmine\nlaunched\nlaunched\n"
+    assert api.output(box, "hostname -i; hostname") == address
+    assert api.output(box, "pgrep -fc 'sleep [1]000'") == "1\n", "the entrypoint runs, and nothing else"
+    statuses = [step["status"] for step in api.box(box)["state_transitions"]]
+    life = ["provisioning", "initializing", "running"]
+    assert statuses == [*life, "suspending", "suspended", *life]
+    api.shutdown(box)
+
+
+def test_hooks_run_before_and_their_failures_stop_nothing(api: Api) -> None:
+    hooks = {"suspend_commands": ["exit 3", "echo hooked >~/hooked; id -un >>~/hooked"]}
+    box = api.create(launch_parameters={"lifecycle": {"lifecycle_hooks": hooks}})
+    suspend(api, box)
+    resume(api, box)
+    assert api.output(box, "cat ~/hooked") == "hooked\nuser\n"
+    api.shutdown(box)
+
+
+def test_hooks_have_a_deadline(api: Api) -> None:
+    hooks = {"suspend_commands": ["sleep 1000", "touch ~/never"], "suspend_deadline_ms": 200}
+    box = api.create(launch_parameters={"lifecycle": {"lifecycle_hooks": hooks}})
+    suspend(api, box)
+    resume(api, box)
+    assert api.run(box, "ls ~/never")["exit_status"] != 0
+    api.shutdown(box)
+
+
+def test_a_suspended_devbox_can_be_shut_down(api: Api, server: Server) -> None:
+    box = api.create()
+    suspend(api, box)
+    assert (server.state / "disks" / box).exists()
+    api.shutdown(box)
+    assert "ended" in api.refused("POST", f"/v1/devboxes/{box}/resume", 400)
+    assert "ended" in api.refused("POST", f"/v1/devboxes/{box}/suspend", 400)
+
+
+def test_a_suspended_devbox_survives_restarts_of_the_server(own_server: Server) -> None:
+    with own_server.api() as api:
+        box, hasty = api.create(), api.create()
+        api.run(box, "echo kept >/tmp/t; sync")
+        suspend(api, box)
+        api.call("POST", f"/v1/devboxes/{hasty}/suspend")
+    own_server.kill()
+    own_server.start()
+    with own_server.api() as api:
+        api.wait_box(hasty, "suspended")
+        assert api.box(box)["status"] == "suspended"
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+    own_server.kill()
+    own_server.start()
+    with own_server.api() as api:
+        api.wait_box(box, "running")
+        assert api.output(box, "cat /tmp/t") == "kept\n"
+
+
+def test_a_devbox_that_cannot_be_resumed_sleeps_on(api: Api) -> None:
+    box = api.create(launch_parameters={"launch_commands": ["test ! -e /tmp/broken"]})
+    api.run(box, "touch /tmp/broken; echo kept >~/f")
+    suspend(api, box)
+    api.call("POST", f"/v1/devboxes/{box}/resume")
+    view = api.wait_box(box, "suspended")
+    while view["state_transitions"][-1]["failure_reason"] is None:  # asked before the resume had begun
+        view = api.wait_box(box, "suspended")
+    assert "launch command 1 of 1" in view["state_transitions"][-1]["failure_reason"]
+    assert view["failure_reason"] is None
+    api.shutdown(box)
+
+
+def test_frozen_processes_go_on_where_they_were(freezing: Server) -> None:
+    with freezing.api() as api:
+        box = api.create()
+        execution = api.start(box, "n=0; while read -r line; do n=$((n + 1)); echo $n $line; done", attach_stdin=True)
+        api.send(box, execution, "before\n")
+        Reader(freezing, box, execution).until(lambda reader: reader.text == "1 before\n")
+        suspend(api, box)
+        assert api.box(box)["status"] == "suspended"
+        assert "resume" in api.refused("POST", f"/v1/devboxes/{box}/execute_async", 400, {"command": "true"})
+        view = api.call("POST", f"/v1/devboxes/{box}/resume")
+        assert view["status"] == "running"
+        assert api.send(box, execution, "after\n")
+        api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/send_std_in", {"signal": "EOF"})
+        assert api.wait(box, execution)["stdout"] == "1 before\n2 after\n"
+        suspend(api, box)
+        api.shutdown(box)
+
+
+def test_frozen_processes_outlive_the_server(freezing: Server) -> None:
+    with freezing.api() as api:
+        box = api.create()
+        execution = api.start(box, "read -r line; echo got $line", attach_stdin=True)
+        suspend(api, box)
+    freezing.kill()
+    freezing.start()
+    with freezing.api() as api:
+        assert api.call("POST", f"/v1/devboxes/{box}/resume")["status"] == "running"
+        assert api.send(box, execution, "it\n")
+        assert api.wait(box, execution)["stdout"] == "got it\n"
+        api.shutdown(box)
+
+
+def test_after_the_grace_frozen_processes_end_and_the_disk_stays() -> None:
+    server = Server(suspend_keep_memory_seconds="1")
+    try:
+        with server.start().api() as api:
+            box = api.create()
+            execution = api.start(box, "echo kept >~/f; echo there; sleep 1000")
+            Reader(server, box, execution).until(lambda reader: reader.text == "there\n")
+            suspend(api, box)
+            assert api.wait(box, execution)["exit_status"] == 137
+            resume(api, box)
+            assert api.output(box, "cat ~/f") == "kept\n"
+    finally:
+        server.stop()
