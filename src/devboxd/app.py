@@ -209,7 +209,7 @@ async def _listening(
 ) -> AsyncIterator[asyncio.Future[object]]:
     """Serve HTTP during the block; afterwards end streams and held answers in order, then close the port."""
     server = HttpServer(application, listener)
-    serving: asyncio.Future[object] = asyncio.ensure_future(server.serve())
+    serving: asyncio.Future[object] = asyncio.ensure_future(server.run())
     try:
         yield serving
     finally:

@@ -20,9 +20,14 @@ from granian.server.embed import Server
 from starlette.types import ASGIApp
 
 from devboxd.errors import SetupError
+from devboxd.http.crowd import Crowd
+from devboxd.tasks import Tasks
 
 _BACKLOG = 2048
 _BACKPRESSURE = 4096
+"""Connections that are served at once; others wait in the listening socket."""
+_MANY = 4
+"""From this part of them on, those that ask nothing are closed."""
 _UNSENT = 64 * 1024
 """Bytes of an answer that wait for a slow client, beside a few blocks on their way there."""
 _PORT_MAX = 65535
@@ -62,8 +67,9 @@ class HttpServer(Server):
     """Granian on a socket that is given to it; it serves HTTP/1.1 and HTTP/2 there until it is stopped."""
 
     def __init__(self, application: ASGIApp, listener: socket.socket) -> None:
+        self.crowd = Crowd(application, listener.getsockname()[1], _BACKPRESSURE // _MANY)
         super().__init__(
-            application,
+            self.crowd,
             interface=Interfaces.ASGINL,
             http=HTTPModes.auto,
             websockets=False,
@@ -74,6 +80,15 @@ class HttpServer(Server):
             log_enabled=False,
         )
         self._listener = listener
+
+    async def run(self) -> None:
+        """Serve until `stop`, and watch over the places meanwhile."""
+        tasks = Tasks()
+        tasks.start(self.crowd.watch(), "closing of idle connections")
+        try:
+            await self.serve()
+        finally:
+            await tasks.close()
 
     def _init_shared_socket(self) -> None:
         """Overrides what would bind the port. If a later Granian does not ask here, its own bind fails: ours is taken.
