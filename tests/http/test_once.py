@@ -12,11 +12,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select, update
+from sqlalchemy import Connection, func, select, update
+from structlog.testing import capture_logs
 
 from devboxd.errors import bad_request
 from devboxd.http import once
-from devboxd.http.once import StreamFingerprint, request_key
+from devboxd.http.once import Row, StreamFingerprint, request_key
 from devboxd.store.schema import requests
 from support.web import Web
 
@@ -179,6 +180,29 @@ async def test_old_answers_are_swept(web: Web, monkeypatch: pytest.MonkeyPatch) 
     await client.post("/v1/unbound", headers=same("new"))
     await web.app.drain(5)
     assert await rows(web) == 1
+
+
+async def test_a_fault_while_answers_are_stored_is_logged_at_once_and_later_answers_are_stored(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await web.client()
+    put = Row.put
+
+    def broken(row: Row, connection: Connection, key: str) -> None:
+        if row.status is not None:  # what is bound before there is an answer is written as ever
+            raise RuntimeError("a fault of the server")
+        put(row, connection, key)
+
+    with monkeypatch.context() as fault, capture_logs() as logs:
+        fault.setattr(Row, "put", broken)
+        await client.post("/v1/things", json={"command": "a"}, headers=same("one"))
+        await asyncio.wait(set(web.app._desk._tasks))
+    (entry,) = (entry for entry in logs if entry["log_level"] == "error")
+    assert (entry["task"], str(entry["exc_info"])) == ("storing of answers", "a fault of the server")
+    await client.post("/v1/things", json={"command": "a"}, headers=same("two"))
+    await web.app.drain(5)
+    stored = await web.store.read(lambda connection: connection.execute(select(requests.c.status)).scalars().all())
+    assert sorted(stored, key=str) == [200, None]
 
 
 async def test_draining_waits_then_cancels_and_keeps_the_binding(web: Web) -> None:

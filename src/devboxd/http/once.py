@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -21,7 +21,9 @@ from devboxd.http.answer import JSON, Answer, of_error
 from devboxd.store.db import Store
 from devboxd.store.schema import requests
 from devboxd.store.statement import Statement
+from devboxd.tasks import Tasks
 
+T = TypeVar("T")
 KEPT_SECONDS = 24 * 3600
 """How long an answer can be had again."""
 ANSWER_LIMIT = 1 << 20
@@ -169,6 +171,7 @@ class Desk:
         self._store = store
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Tasks()
         self._late: dict[str, Row] = {}
         self._flushing = asyncio.Lock()
         self._next_sweep = 0.0
@@ -194,7 +197,7 @@ class Desk:
             self._forget(key, first)  # it failed, and its own callback may not have come yet
         if self._stopping:
             raise _stopping()
-        task = self._own(self._do(key, body, work))
+        task = self._own(asyncio.get_running_loop().create_task(self._do(key, body, work)))
         if key is not None:
             running = self._running[key] = _Running(body, task)
             task.add_done_callback(lambda _: self._forget(key, running))
@@ -214,8 +217,7 @@ class Desk:
             await asyncio.gather(*late, return_exceptions=True)
         await self._flush()
 
-    def _own(self, work: Any) -> asyncio.Task[Any]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _own(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -267,8 +269,11 @@ class Desk:
             await self._put({key: row})
             return
         if not self._late:
-            self._own(self._flush_soon())
+            self._store_late()
         self._late[key] = row
+
+    def _store_late(self) -> None:
+        self._own(self._background.start(self._flush_soon(), "storing of answers"))
 
     async def _flush_soon(self) -> None:
         # Not a wait for something: the time in which answers are collected, which drain cuts short.
@@ -278,12 +283,17 @@ class Desk:
     async def _flush(self) -> None:
         async with self._flushing:
             late = dict(self._late)
-            if late:
-                await self._put(late, synced=False)
-            for key in late:
-                del self._late[key]
-        if self._late:
-            self._own(self._flush_soon())
+            try:
+                if late:
+                    await self._put(late, synced=False)
+            except asyncio.CancelledError:
+                late = {}  # drain stores them
+                raise
+            finally:  # also after a fault: these are rendered again when asked for, and others shall be stored
+                for key in late:
+                    del self._late[key]
+                if self._late and not self._stopping:
+                    self._store_late()
 
     async def _put(self, rows: Mapping[str, Row], *, synced: bool = True) -> None:
         def put(connection: Connection) -> None:
@@ -298,7 +308,7 @@ class Desk:
     def _sweep_now_and_then(self) -> None:
         if (now := time.monotonic()) >= self._next_sweep and not self._stopping:
             self._next_sweep = now + _SWEEP_SECONDS
-            self._own(self._sweep())
+            self._own(self._background.start(self._sweep(), "sweep of old answers"))
 
     async def _sweep(self) -> None:
         before = _now_ms() - KEPT_SECONDS * 1000
