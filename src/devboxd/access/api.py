@@ -125,8 +125,10 @@ async def _sent(
     """The answer that sends the file, which it owns from now on, also when there is no place for it any more."""
     length = {} if file.size is None else {"content-length": str(file.size)}
     try:
+        with places.taking():
+            await file.begin()
         return Download(file, places, kind, {**_INERT, **headers, **length}, limit)
-    except ApiError:
+    except BaseException:
         await file.close()
         raise
 

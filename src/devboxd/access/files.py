@@ -46,7 +46,17 @@ class OpenFile:
         self._descriptor = descriptor
         self._path = path
         self._pipe = pipe
+        self._begun = b""
         self.size = None if pipe else os.fstat(descriptor).st_size
+
+    async def begin(self) -> None:
+        """Read the first bytes of a pipe: one that stays silent is refused in words, before an answer has begun.
+
+        Raises ApiError.
+        """
+        if self._pipe:
+            with self._box.using("file transfer"):
+                self._begun = await self.read(_SENT)
 
     async def read(self, size: int = BLOCK) -> bytes:
         """At most `size` bytes from where the last read ended; empty at the end. Raises ApiError."""
@@ -65,7 +75,7 @@ class OpenFile:
         left, sent = self.size, 0
         with self._box.using("file transfer"):
             while left is None or left > 0:
-                data = await self.read(_SENT if left is None else min(_SENT, left))
+                data, self._begun = self._begun or await self.read(_SENT if left is None else min(_SENT, left)), b""
                 if not data:
                     break
                 left = None if left is None else left - len(data)
@@ -212,7 +222,8 @@ def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
         case errno.ENOSPC | errno.EDQUOT:
             return ApiError(507, f"cannot {verb} {shown}: the disk is full; delete something", retry=False)
         case errno.ETIMEDOUT:
-            return ApiError(504, f"cannot {verb} {shown}: the file kept us waiting too long", retry=False)
+            why = f"it kept us waiting for {SILENCE_S:g} s; look in the devbox at what holds it up"
+            return ApiError(504, f"cannot {verb} {shown}: {why}", retry=False)
         case errno.EINVAL if stage is Stage.TYPE:
             return bad_request(f"cannot {verb} {shown}: it is not a regular file; name one")
     return bad_request(f"cannot {verb} {shown}: {error}")
