@@ -52,13 +52,8 @@ def runtime(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 async def host(image: Image, runtime: str, tmp_path: Path) -> AsyncIterator[Host]:
     """An engine of the test's own."""
-    host = Host(image, tmp_path / "state", runtime=runtime)
-    await host.open()
-    try:
+    async with Host(image, tmp_path / "state", runtime=runtime) as host:
         yield host
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 @pytest.fixture
@@ -69,13 +64,8 @@ async def engine(host: Host) -> OciEngine:
 @pytest.fixture(scope="module")
 async def shared(image: Image, runtime: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Box]:
     """A box that the tests of a module share."""
-    host = Host(image, tmp_path_factory.mktemp("shared") / "state", runtime=runtime)
-    await host.open()
-    try:
+    async with Host(image, tmp_path_factory.mktemp("shared") / "state", runtime=runtime) as host:
         yield await host.box()
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 @pytest.fixture

@@ -26,13 +26,8 @@ def killed(runtime: str, tmp_path: Path) -> Runtime:
 
 @pytest.fixture
 async def host(image: Image, killed: Runtime, tmp_path: Path) -> AsyncIterator[Host]:
-    host = Host(image, tmp_path / "state", runtime=str(killed.path))
-    await host.open()
-    try:
+    async with Host(image, tmp_path / "state", runtime=str(killed.path)) as host:
         yield host
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 async def test_a_runtime_that_is_killed_leaves_no_half_box(host: Host, killed: Runtime, runtime: str) -> None:

@@ -232,9 +232,7 @@ async def test_boxes_outlive_the_engine_and_the_next_one_takes_over(host: Host) 
 
 
 async def test_two_engines_do_not_disturb_each_other(host: Host, tmp_path: Path) -> None:
-    other = Host(host.image, tmp_path / "other", runtime=host.settings.runtime)
-    await other.open()
-    try:
+    async with Host(host.image, tmp_path / "other", runtime=host.settings.runtime) as other:
         one, two = await host.box(), await other.box()
         maps = [int((await box.sh("cat /proc/self/uid_map")).split()[1]) for box in (one, two)]
         for start, owner in zip(maps, (host, other), strict=True):
@@ -242,9 +240,6 @@ async def test_two_engines_do_not_disturb_each_other(host: Host, tmp_path: Path)
             assert first <= start < first + 65536 * owner.instance.slots
         assert abs(host.instance.first_uid - other.instance.first_uid) >= 65536 * host.instance.slots
         assert await other.engine.boxes() == {two.id: True}
-    finally:
-        await other.destroy_all()
-        await other.close()
     assert await one.sh("echo here") == "here"
     claims = [path.read_text() for path in other.instance.directory.parent.glob("*/claim")]
     assert not any(str(other.instance.state) in claim for claim in claims)
@@ -262,13 +257,9 @@ async def test_a_reboot_leaves_a_trace_and_no_claim_on_a_process(host: Host) -> 
 
 
 async def test_a_long_path_of_the_state_folder_is_no_matter(host: Host, tmp_path: Path) -> None:
-    other = Host(host.image, tmp_path / ("long" * 30) / ("folder" * 20), runtime=host.settings.runtime)
-    await other.open()
-    try:
+    state = tmp_path / ("long" * 30) / ("folder" * 20)
+    async with Host(host.image, state, runtime=host.settings.runtime) as other:
         assert await (await other.box()).sh("echo hi") == "hi"
-    finally:
-        await other.destroy_all()
-        await other.close()
 
 
 async def test_a_disk_nested_beyond_all_paths_is_deleted(host: Host) -> None:
@@ -379,18 +370,13 @@ class Unified(cgroups.Version2):
 @pytest.mark.skipif(not (cgroups.ROOT / "unified").is_dir(), reason="this machine has version 2 alone, or not at all")
 async def test_boxes_live_in_version_2(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "find", Unified)
-    host = Host(image, tmp_path / "state")
-    await host.open()
-    try:
+    async with Host(image, tmp_path / "state") as host:
         box = await host.box()
         assert f"0::/devboxd-{host.instance.id}/boxes/{box.id}\n" in Path(f"/proc/{box.pid}/cgroup").read_text()
         assert (await box.sh("grep 0:: /proc/self/cgroup")) == "0::/"
         assert (await box.sh("cat /sys/fs/cgroup/cgroup.events")).startswith("populated 1")
         await host.engine.destroy(box.id)
         assert host.leftovers() == []
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 async def test_no_limit_is_inherited(host: Host) -> None:

@@ -99,13 +99,8 @@ async def test_no_new_user_namespaces(shared: Box) -> None:
 
 @pytest.fixture
 async def nested(image: Image, runtime: str, tmp_path: Path) -> AsyncIterator[Box]:
-    host = Host(image, tmp_path / "state", runtime=runtime, nested_user_namespaces=True)
-    await host.open()
-    try:
+    async with Host(image, tmp_path / "state", runtime=runtime, nested_user_namespaces=True) as host:
         yield await host.box()
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 async def test_new_user_namespaces_by_the_setting(nested: Box) -> None:
@@ -221,16 +216,11 @@ async def test_devices_in_an_image_do_not_open(image: Image, runtime: str, tmp_p
     layer = tmp_path / "layer"
     layer.mkdir()
     os.mknod(layer / "evil", 0o666 | 0o020000, os.makedev(1, 5))
-    host = Host(Image("evil", (layer, *image.layers)), tmp_path / "state", runtime=runtime)
-    await host.open()
-    try:
+    async with Host(Image("evil", (layer, *image.layers)), tmp_path / "state", runtime=runtime) as host:
         box = await host.box()
         assert await box.sh("stat -c %t:%T /evil") == "1:5"
         result = await box.run("head", "-c1", "/evil")
         assert (result.status, "Permission denied" in result.err) == (1, True)
-    finally:
-        await host.destroy_all()
-        await host.close()
 
 
 async def test_folders_for_the_agent(shared: Box) -> None:

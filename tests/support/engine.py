@@ -78,12 +78,23 @@ class Box:
 
 
 class Host:
-    """One server's engine, which can be closed and opened again on the same state folder."""
+    """One server's engine, which can be closed and opened again on the same state folder.
+
+    As a context manager it is open during the block, and its boxes are gone afterwards.
+    """
 
     def __init__(self, image: Image, state: Path, **settings: object) -> None:
         self.image = image
         self.settings = Settings(state=state, pool_size=1, **settings)  # type: ignore[arg-type]
         self.boxes: list[Box] = []
+
+    async def __aenter__(self) -> Host:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.destroy_all()
+        await self.close()
 
     async def open(self, slots: int = instance.SLOTS) -> None:
         self.instance = replace(instance.claim(self.settings.state), slots=slots)
