@@ -144,13 +144,25 @@ def test_commands_inherit_no_descriptor_of_the_host(api: Api, box: str, shell: s
     assert "cannot" in shown, "the descriptors of pid 1 are nobody's"
 
 
+def test_every_descriptor_of_pid_1_closes_on_exec(api: Api, box: str, server: Server) -> None:
+    """Wall: the same; behind it a child closes what it inherited, so this is not seen from inside the box."""
+    reading, shell = api.start(box, "cat", attach_stdin=True), api.start(box, "cat", attach_stdin=True, shell_name="s")
+    agent = Path(f"/proc/{server.agent(box)}/fdinfo")
+    flags = {int(path.name): int(path.read_text().split()[3], 8) for path in agent.iterdir()}
+    assert len(flags) > 12
+    assert [number for number in flags if number > 2 and not flags[number] & os.O_CLOEXEC] == []
+    for execution in (reading, shell):
+        api.send(box, execution, signal="EOF")
+        api.wait(box, execution)
+
+
 def test_neither_agent_nor_other_devboxes_can_be_spoken_to(api: Api, box: str, secret: Path) -> None:
     """Walls: the network namespace, to which abstract sockets belong, and the mount namespace for those with a path."""
     other = api.create()
     api.write(other, f"/home/user/{secret.name}", "of another devbox")
     api.write(box, f"/home/user/{secret.name}-own", "of this devbox")
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(f"\\0{secret.name}".encode().decode("unicode_escape"))
+        listening.bind("\0" + secret.name)
         listening.listen()
         script = """
 token = sys.argv[1]
@@ -328,7 +340,7 @@ call("setns by pid", 308, os.pidfd_open(os.getpid()), 0x20000)
 
 
 def test_root_of_a_devbox_raises_none_of_its_limits(api: Api, box: str) -> None:
-    """Wall: the user namespace; the capabilities that lift limits count on the host alone, and root here has none."""
+    """Walls: the user namespace, as what lifts limits counts on the host alone; and no capability to do it anyway."""
     script = """
 import resource
 for name in (n for n in dir(resource) if n.startswith("RLIMIT_")):
