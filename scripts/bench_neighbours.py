@@ -1,12 +1,19 @@
-"""How much a devbox that takes all it can get slows `execute` in the devbox beside it, and swells the server."""
+"""How much a devbox that takes all it can get slows `execute` in the devbox beside it, and swells the server.
+
+And for how long boxes are cut off when somebody deletes the network wall.
+"""
 
 from __future__ import annotations
 
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from support.leftovers import claim_of
 from support.noise import NOISES, Figures, measure, p95
 from support.server import Server
 
@@ -20,11 +27,29 @@ def neighbours(server: Server, *, rounds: int = 5, seconds: float = 1.0) -> dict
     return found
 
 
+def repairs(server: Server, times: int = 20) -> list[float]:
+    """Seconds from the deletion of the network wall by another program until it is there again, each time."""
+    claim = claim_of(server.state)
+    assert claim is not None, "the server has no claim"
+    table = ("table", "inet", f"devboxd_{claim.name}")
+    found = []
+    for _ in range(times):
+        subprocess.run(("nft", "delete", *table), check=True)
+        begun = time.perf_counter()
+        while subprocess.run(("nft", "list", *table), capture_output=True, check=False).returncode:
+            assert time.perf_counter() - begun < 60, "the network wall stays away"
+        found.append(time.perf_counter() - begun)
+    return found
+
+
 def main() -> None:
     """Measure on a server of its own and print a table."""
     server = Server()
     try:
-        for kind, figures in neighbours(server.start()).items():
+        took = repairs(server.start())
+        print(f"the network wall is up again after {statistics.median(took) * 1e3:.0f} ms", end=" ")
+        print(f"({min(took) * 1e3:.0f} to {max(took) * 1e3:.0f})")
+        for kind, figures in neighbours(server).items():
             quiet, noisy = p95(figures.quiet) * 1e3, p95(figures.noisy) * 1e3
             grown = (figures.most - figures.level) / (1 << 20)
             print(f"{kind:24} p95 {quiet:6.1f} ms quiet, {noisy:6.1f} ms beside it, x {figures.ratio:4.1f}", end="; ")

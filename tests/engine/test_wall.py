@@ -106,6 +106,26 @@ def test_a_wall_that_somebody_changes_is_put_up_again_and_logged(world: World, c
     assert any("changed the network wall" in entry["event"] for entry in logs), logs
 
 
+def test_a_wall_that_is_deleted_as_soon_as_it_is_up_is_put_up_each_time(world: World) -> None:
+    """Also when that happens before the guard has looked at what it put up: it knows what must be there."""
+    times = 10
+
+    async def work() -> None:
+        network = world.network()
+        await network.open()
+        before = listing(world)
+        async with asyncio.timeout(60):
+            for _ in range(times):
+                await asyncio.to_thread(damage, world, DELETION)
+                while await asyncio.to_thread(listing, world) != before:
+                    pass
+        await network.close()
+
+    with capture_logs() as logs:
+        world.on(work)
+    assert sum("changed the network wall" in entry["event"] for entry in logs) == times
+
+
 def listing(world: World) -> str:
     """The rules and sets, without those that the kernel fills in, or nothing when the table is gone."""
     with contextlib.suppress(subprocess.CalledProcessError):

@@ -144,6 +144,7 @@ class Wall:
         self._instance = instance
         self._rules = rules
         self._inside: list[Any] | None = None
+        self._doubtful = False
         self._tasks = Tasks()
         self._socket: socket.socket | None = None
 
@@ -152,6 +153,9 @@ class Wall:
         self._socket = await finished(_listen)
         await finished(lambda: _lead_nowhere(self._instance))
         await self._put_up()
+        self._inside = await finished(self._listing)
+        if self._inside is None:
+            raise EngineError("cannot keep the network wall up: another program deletes it; stop that one first")
         self._tasks.start(self._watch(self._socket), "guard of the network wall")
 
     async def close(self, *, remove: bool) -> None:
@@ -164,12 +168,12 @@ class Wall:
 
     async def _put_up(self) -> None:
         await finished(lambda: nft(self._rules))
-        self._inside = await finished(self._listing)
 
     async def _watch(self, changes: socket.socket) -> None:
         while True:
             try:
                 await self._changed(changes)
+                self._doubtful = False
                 if await finished(self._listing) != self._inside:
                     _log.warning("another program changed the network wall; putting it up again")
                     await self._put_up()
@@ -177,13 +181,13 @@ class Wall:
                 await asyncio.sleep(_TOGETHER_SECONDS)  # what changes in one go is looked at once
             except EngineError as error:
                 _log.error("cannot put the network wall up again; boxes reach nothing meanwhile", reason=str(error))
-                self._inside = None
+                self._doubtful = True
                 await asyncio.sleep(_AGAIN_SECONDS)
 
     async def _changed(self, changes: socket.socket) -> None:
         """Return when the table may have been changed: the kernel tells of each change that anybody makes."""
         name = table(self._instance).encode() + b"\0"
-        told = self._inside is None
+        told = self._doubtful
         while not told:
             try:
                 told = name in await asyncio.get_running_loop().sock_recv(changes, _MESSAGE_BYTES)
@@ -194,13 +198,18 @@ class Wall:
         _drain(changes)
 
     def _listing(self) -> list[Any] | None:
-        """What the kernel has of the table, but for what it fills in by itself; None when it has nothing."""
+        """What the kernel has of the table, but for what it fills in by itself; None when it has nothing.
+
+        The same each time that the wall is put up: what others change in that very moment must not count as its own.
+        """
         try:
             found: list[Any] = json.loads(run("nft", "-j", "list", "table", "inet", table(self._instance)))["nftables"]
         except EngineError:
             return None
         for counter in (item["set"] for item in found if item.get("set", {}).get("name") in _COUNTERS):
             counter.pop("elem", None)
+        for thing in (thing for item in found for thing in item.values()):
+            thing.pop("handle", None)
         return found
 
 
