@@ -29,6 +29,7 @@ ROUTES = (
     Route("GET", _BOX, devboxes.retrieve_devbox, _READ),
     Route("POST", _BOX, devboxes.update_devbox, _WRITE),
     Route("POST", _BOX + "/wait_for_status", devboxes.wait_for_devbox, _READ, waits=True),
+    Route("GET", _BOX + "/usage", devboxes.retrieve_usage, _READ),
     Route("POST", _BOX + "/keep_alive", devboxes.keep_alive, _WRITE),
     Route("POST", _BOX + "/shutdown", devboxes.shutdown_devbox, _WRITE),
     Route("GET", _BOX + "/logs", logs.list_logs, _READ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from devboxd.devboxes.changes import now_ms
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.states import WIRE_STATUSES, Event
+from devboxd.devboxes.usage import DevboxUsageView, used
 from devboxd.devboxes.views import (
     CreateDevbox,
     DevboxListView,
@@ -82,6 +84,12 @@ async def wait_for_devbox(devboxes: Devboxes, call: Call, devbox_id: str, body: 
     if reached is None:
         raise timed_out(f"cannot say yet that {devbox_id} is {' or '.join(body.statuses)}; ask again")
     return reached.view()
+
+
+async def retrieve_usage(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxUsageView:
+    """What the devbox has used in its life, and what it uses at this moment while it lives (`live`)."""
+    devbox = await devboxes.get(call.account, devbox_id)
+    return used(devbox, now_ms(), await devboxes.figures(devbox))
 
 
 async def keep_alive(devboxes: Devboxes, call: Call, devbox_id: str) -> None:

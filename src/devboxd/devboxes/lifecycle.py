@@ -23,7 +23,7 @@ from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.supervisor import Supervisor
 from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create
 from devboxd.devboxes.warm import Warm
-from devboxd.engine.base import Engine
+from devboxd.engine.base import Engine, Figures
 from devboxd.errors import ApiError, bad_request, not_found
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
@@ -201,6 +201,10 @@ class Devboxes:
     def _touch(self, devbox_id: str) -> None:
         if (box := self._executions.box(devbox_id)) is not None:
             box.touch()
+
+    async def figures(self, devbox: Devbox) -> Figures | None:
+        """What the devbox uses at this moment; None unless it lives."""
+        return await asyncio.to_thread(self._engine.figures, devbox.id) if devbox.status in LIVE else None
 
     async def page(
         self, account: str, status: str | None, starting_after: str | None, limit: int, count: bool

@@ -46,6 +46,32 @@ class BoxEnd:
     status: int | None
 
 
+@dataclass(frozen=True)
+class Stall:
+    """The share of the last ten seconds, in percent, in which some processes, or all of them, waited for something."""
+
+    some: float
+    full: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a living box uses, since it was started last where it is a sum. None: this machine does not tell.
+
+    Memory is what its limit counts: with the files that the kernel keeps for it and would give up. `pressure` is by
+    cpu, memory and io.
+    """
+
+    cpu_seconds: float | None
+    memory_bytes: int | None
+    memory_peak_bytes: int | None
+    pids: int | None
+    network_in_bytes: int | None = None
+    network_out_bytes: int | None = None
+    disk_bytes: int | None = None
+    pressure: dict[str, Stall] | None = None
+
+
 class Engine(Protocol):
     """Boxes that outlive the server. Every method may be called again after a crash; none leaves half a box."""
 
@@ -108,6 +134,9 @@ class Engine(Protocol):
 
     def agent_socket(self, box_id: str) -> Path:
         """The socket of the box's agent."""
+
+    def figures(self, box_id: str) -> Figures | None:
+        """What a box uses now; None when it does not live. Reads a few files: for a thread."""
 
     def oom_kills(self, box_id: str) -> int:
         """How many processes of the box the kernel has killed for lack of memory so far."""

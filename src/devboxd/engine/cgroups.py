@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from devboxd.engine import linux
-from devboxd.engine.base import EngineError, Resources
+from devboxd.engine import figures, linux
+from devboxd.engine.base import EngineError, Figures, Resources
 from devboxd.errors import SetupError
 
 ROOT = Path("/sys/fs/cgroup")
@@ -63,6 +63,10 @@ class Cgroups(ABC):
     @abstractmethod
     def cpu_seconds(self, box_id: str) -> float:
         """Processor time that the box has used so far; 0 for unknown boxes."""
+
+    @abstractmethod
+    def figures(self, box_id: str) -> Figures:
+        """What the processes of the box use; nothing is known of unknown boxes."""
 
     @abstractmethod
     def entrances(self, box_id: str) -> list[Path]:
@@ -238,6 +242,10 @@ class Version1(Cgroups):
         except OSError:
             return 0.0
 
+    def figures(self, box_id: str) -> Figures:
+        """From cpuacct, memory and pids."""
+        return figures.of_version_1(*(self._box(name, box_id) for name in ("cpuacct", "memory", "pids")))
+
     def entrances(self, box_id: str) -> list[Path]:
         """`tasks`: to move a whole process the kernel waits for a grace period (20 ms), for a thread it does not."""
         return [top / "boxes" / box_id / "tasks" for top in self.tops()]
@@ -302,6 +310,10 @@ class Version2(Cgroups):
         """From cpu.stat."""
         return _counter(self._box(box_id) / "cpu.stat", "usage_usec") / 1e6
 
+    def figures(self, box_id: str) -> Figures:
+        """From its one folder."""
+        return figures.of_version_2(self._box(box_id))
+
     def entrances(self, box_id: str) -> list[Path]:
         """cgroup.procs: all threads of a process are in one cgroup here."""
         return [self._box(box_id) / "cgroup.procs"]
@@ -351,8 +363,4 @@ def _quota(resources: Resources) -> int:
 
 
 def _counter(file: Path, name: str) -> int:
-    try:
-        rows = dict(line.split(" ", 1) for line in file.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(rows.get(name, "0"))
+    return int(figures.words(file).get(name, "0"))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from devboxd.config import Settings
-from devboxd.engine import dns, wall
+from devboxd.engine import dns, figures, wall
 from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.instance import Instance
@@ -111,6 +111,10 @@ class Network:
                 # A box that died meanwhile has no namespace any more; its owner finds that out by itself.
                 with contextlib.suppress(OSError):
                     await self._forward(int(record.name), netns)
+
+    def traffic(self, index: int) -> tuple[int | None, int | None]:
+        """Bytes that went into the box of a slot and out of it since the link was made."""
+        return figures.traffic(self._link(index).interface)
 
     def resolv_conf(self, link: Link) -> str:
         """The content of the box's /etc/resolv.conf."""

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import structlog
 from devboxd.agent import agent_binary
 from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, rootfs
-from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Resources
+from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
@@ -269,6 +269,14 @@ class OciEngine:
     def agent_socket(self, box_id: str) -> Path:
         """The socket of the box's agent; its path may be longer than an address of a socket can be."""
         return self._boxes / box_id / "agent.sock"
+
+    def figures(self, box_id: str) -> Figures | None:
+        """From its cgroups, its link and the pool."""
+        if (record := self._record(box_id)) is None or not record.lives():
+            return None
+        into, out_of = self._network.traffic(record.slot)
+        used = self._cgroups.figures(box_id)
+        return replace(used, network_in_bytes=into, network_out_bytes=out_of, disk_bytes=self.disk_used(box_id))
 
     def oom_kills(self, box_id: str) -> int:
         """How many processes of the box the kernel has killed for lack of memory so far."""
