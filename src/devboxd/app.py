@@ -23,6 +23,7 @@ from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.config import Settings
 from devboxd.devboxes.changes import Changes
+from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshots import Snapshots
 from devboxd.devboxes.supervisor import Means, Supervisor
@@ -38,6 +39,7 @@ from devboxd.executions.box import Boxes
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
+from devboxd.executions.tailing import Tailing
 from devboxd.executions.watch import Watcher
 from devboxd.http.listening import HttpServer, listen
 from devboxd.http.once import STOPPING_S
@@ -121,35 +123,23 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         boxes = Boxes()
         looking = Looking(store, boxes, journals, watcher, closing)
         available = open_files()
-        executions = Executions(
-            store,
-            boxes,
-            journals,
-            looking,
-            per_box=settings.executions_per_box,
-            in_all=commands_within(available),
-        )
+        most = commands_within(available)
+        executions = Executions(store, boxes, journals, looking, per_box=settings.executions_per_box, in_all=most)
         stack.push_async_callback(executions.close)
         engine = OciEngine(settings, instance, Network(settings, instance))
         images = Images(settings)
+        incidents = Incidents(engine, journals.folder)
         changes = Changes(store)
-        means = Means(
-            changes,
-            engine,
-            executions,
-            looking,
-            files,
-            base_environment(settings),
-            settings.suspend_keep_memory_seconds,
-            lambda name: images.named(name) if name else images.default(),
-        )
+        means = _means(settings, changes, engine, executions, looking, files, incidents, images)
         warm = Warm(engine, images.default, settings.warm_boxes)
-        devboxes = Devboxes(
-            store, engine, executions, changes, Supervisor(means), warm, closing, retention_s=settings.retention_seconds
-        )
+        parts = (executions, changes, Supervisor(means), warm, closing, incidents)
+        devboxes = Devboxes(store, engine, *parts, retention_s=settings.retention_seconds)
+        tailing = Tailing(devboxes, looking, incidents, boxes, journals, watcher, closing)
         snapshots = Snapshots(store, engine, devboxes)
         places = Places(streams_within(available))
-        services = (store, devboxes, snapshots, executions, looking, boxes, files, places)
+        services = (
+            store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places
+        )  # fmt: skip
         application = build(ROUTES, services, store=store, settings=settings, ready=lambda: ready.state)
         await first_start(store, settings.state)
         async with _listening(listener, application, closing, ready) as serving:
@@ -157,6 +147,29 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
             await _until_stopped(stop, serving, start)
             systemd.notify("STOPPING=1")
             _log.info("stopping; boxes go on")
+
+
+def _means(
+    settings: Settings,
+    changes: Changes,
+    engine: OciEngine,
+    executions: Executions,
+    looking: Looking,
+    files: Files,
+    incidents: Incidents,
+    images: Images,
+) -> Means:
+    return Means(
+        changes,
+        engine,
+        executions,
+        looking,
+        files,
+        incidents,
+        base_environment(settings),
+        settings.suspend_keep_memory_seconds,
+        lambda name: images.named(name) if name else images.default(),
+    )
 
 
 async def _until_stopped(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from devboxd.access import api as files
 from devboxd.devboxes import api as devboxes
+from devboxd.devboxes import evictions
 from devboxd.devboxes import snapshot_api as snapshots
 from devboxd.executions import api as executions
 from devboxd.executions import logs
@@ -26,6 +27,7 @@ ROUTES = (
     Route("POST", "/v1/devboxes", devboxes.create_devbox, _WRITE, once=True),
     Route("GET", "/v1/devboxes", devboxes.list_devboxes, _READ),
     Route("POST", "/v1/devboxes/create_and_await_running", devboxes.create_and_await_running, _WRITE, once=True),
+    Route("GET", "/v1/devboxes/evictions/watch", evictions.watch_evictions, _READ),
     Route("GET", _BOX, devboxes.retrieve_devbox, _READ),
     Route("POST", _BOX, devboxes.update_devbox, _WRITE),
     Route("POST", _BOX + "/wait_for_status", devboxes.wait_for_devbox, _READ, waits=True),
@@ -33,6 +35,7 @@ ROUTES = (
     Route("POST", _BOX + "/keep_alive", devboxes.keep_alive, _WRITE),
     Route("POST", _BOX + "/shutdown", devboxes.shutdown_devbox, _WRITE),
     Route("GET", _BOX + "/logs", logs.list_logs, _READ),
+    Route("GET", _BOX + "/logs/tail", logs.tail_logs, _READ),
     Route("POST", _BOX + "/snapshot_disk", snapshots.snapshot_disk, _WRITE, once=True),
     Route("POST", _BOX + "/snapshot_disk_async", snapshots.snapshot_disk_async, _WRITE, once=True),
     Route("POST", _BOX + "/suspend", devboxes.suspend_devbox, _WRITE),

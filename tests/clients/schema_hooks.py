@@ -17,6 +17,8 @@ HELD_S = 0.1
 """How long a case holds an answer at most: what never comes is no subject here."""
 PUBLIC = {"/healthz", "/openapi.json", "/docs"}
 CREATES = {"/v1/devboxes", "/v1/devboxes/create_and_await_running"}
+ENDED = {"shutdown", "tail"}
+"""What must not be done to the devbox that all cases share, or would have no end there."""
 WORLD: dict[str, str] = json.loads(os.environ["DEVBOXD_WORLD"])
 """url, key; `live` and `ended` devboxes; `lasting` and `over` executions of the first, `past` of the second."""
 UNKNOWN = "dbx_" + "0" * 21
@@ -35,7 +37,7 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if isinstance(names, dict) and "devbox_id" in names and _own.random() < 0.1:
         names["devbox_id"] = UNKNOWN
     elif isinstance(names, dict) and "devbox_id" in names and _own.random() < 0.8:
-        ended = last == "shutdown" or _own.random() < 0.3
+        ended = last in ENDED or _own.random() < 0.3
         names["devbox_id"] = WORLD["ended" if ended else "live"]
         if "execution_id" in names:
             # A stream of what runs has no end, and what is killed must not be needed any more.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from support.api import Api
+from support.server import Server
 
 pytestmark = pytest.mark.box
 
@@ -26,7 +27,7 @@ def test_each_command_with_its_lines_oldest_first(api: Api) -> None:
     second = api.run(box, "printf 'no end'", shell_name="work")["execution_id"]
     found = logs(api, box)
     assert {"-> echo made", "made", "-> echo serving; sleep 600"} < set(messages(found))
-    assert {entry["source"] for entry in found} == {"setup_commands", "entrypoint", "exec"}
+    assert {entry["source"] for entry in found} == {"setup_commands", "entrypoint", "exec", "stats"}
     own = [entry for entry in found if entry["source"] == "exec"]
     assert messages(own) == [
         "-> echo one; echo two; echo bad >&2; exit 3", "one", "two", "bad", "-> printf 'no end'", "no end"
@@ -69,3 +70,46 @@ def test_logs_are_bounded_and_keep_the_newest(api: Api, box: str) -> None:
 def test_unknown_things_have_no_logs(api: Api, box: str) -> None:
     api.refused("GET", f"/v1/devboxes/{box}/logs?execution_id=unknown", 404)
     api.refused("GET", "/v1/devboxes/dbx_000000000000000000000/logs", 404)
+
+
+def test_the_states_of_a_devbox_are_told_with_their_reasons(api: Api) -> None:
+    box = api.create()
+    api.run(box, "echo work")
+    api.shutdown(box)
+    found = logs(api, box)
+    states = [entry for entry in found if entry["source"] == "stats"]
+    assert [entry["message"].removeprefix("the devbox is ") for entry in states] == [
+        "provisioning", "initializing", "running", "shutdown: api_shutdown"
+    ]  # fmt: skip
+    times = [step["transition_time_ms"] for step in api.box(box)["state_transitions"]]
+    assert [entry["timestamp_ms"] for entry in states] == times
+    assert all(entry["cmd_id"] is None and entry["level"] == "info" for entry in states)
+    assert messages(found)[-1] == "the devbox is shutdown: api_shutdown"
+    assert messages(found).index("work") > messages(found).index("the devbox is running")
+    failing = {"launch_commands": ["exit 7"]}
+    failed = api.call("POST", "/v1/devboxes", {"launch_parameters": failing})["id"]
+    api.wait_box(failed, "failure")
+    last = logs(api, failed)[-1]
+    assert last["level"] == "error"
+    assert last["message"].startswith("the devbox is failure: ")
+    assert api.box(failed)["failure_reason"] in last["message"]
+    assert api.box(failed)["state_transitions"][-1]["failure_reason"] in last["message"]
+
+
+def test_processes_killed_for_lack_of_memory_are_told_once(own_server: Server) -> None:
+    with own_server.api() as api:
+        box = api.create(launch_parameters={"resource_size_request": "X_SMALL"})
+        greedy = "python3 -c 'x = bytearray(3 << 30)'"
+        assert api.run(box, greedy)["exit_status"] == 137
+        (told,) = [entry for entry in logs(api, box) if entry["source"] == "kmsg"]
+        assert (told["level"], told["message"]) == (
+            "error", "the kernel killed a process for lack of memory: 1 GiB were not enough"
+        )  # fmt: skip
+        own_server.restart()
+        assert [entry for entry in logs(api, box) if entry["source"] == "kmsg"] == [told]
+        second = api.run(box, greedy)
+        assert second["exit_status"] == 137
+        api.shutdown(box)
+        found = logs(api, box)
+        assert [entry["message"] for entry in found if entry["source"] == "kmsg"] == [told["message"]] * 2
+        assert not [e for e in logs(api, box, execution_id=second["execution_id"]) if e["source"] in ("kmsg", "stats")]

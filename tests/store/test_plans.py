@@ -28,6 +28,7 @@ QUESTIONS: dict[str, Callable[[Connection], Any]] = {
     "an execution by its id": lambda c: executions.by_id(c, "exe_1"),
     "what has not completed in a devbox": lambda c: executions.unfinished(c, BOX),
     "the newest executions": lambda c: executions.newest(c, BOX, None, None, 1000),
+    "the next executions": lambda c: executions.after(c, BOX, "exe_1", 100),
     "the newest of a handle": lambda c: executions.newest(c, BOX, "exe_1", None, 1000),
     "the newest of a named shell": lambda c: executions.newest(c, BOX, None, "main", 1000),
     "set running": lambda c: executions.set_running(c, "exe_1"),

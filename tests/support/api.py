@@ -111,6 +111,12 @@ class Api:
         """The raw events of an output stream."""
         path = f"/v1/devboxes/{box}/executions/{execution}/stream_{which}_updates"
         query = {} if offset is None else {"offset": str(offset)}
+        with self.events(path, query) as found:
+            yield found
+
+    @contextmanager
+    def events(self, path: str, query: dict[str, str]) -> Iterator[Iterator[Event]]:
+        """The raw events of any stream."""
         with self.http.stream("GET", path, params=query, headers={"accept": "text/event-stream"}) as answer:
             if answer.status_code != 200:
                 answer.read()

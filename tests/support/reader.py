@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any, Self
 
 import httpx
 
@@ -17,10 +18,14 @@ class Reader:
     def __init__(
         self, server: Server, box: str, execution: str, which: str = "stdout", offset: int | None = None
     ) -> None:
+        query = {} if offset is None else {"offset": str(offset)}
+        self._begin(server, f"/v1/devboxes/{box}/executions/{execution}/stream_{which}_updates", query)
+
+    def _begin(self, server: Server, path: str, query: dict[str, str]) -> None:
         self.events: list[Event] = []
         self.how = ""
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._read, args=(server, box, execution, which, offset), daemon=True)
+        self._thread = threading.Thread(target=self._read, args=(server, path, query), daemon=True)
         self._thread.start()
 
     @property
@@ -40,7 +45,7 @@ class Reader:
         messages = [event for event in self.events if event.name == "message"]
         return messages[-1].offset if messages else None
 
-    def until(self, check: Callable[[Reader], bool], seconds: float = 30) -> Reader:
+    def until(self, check: Callable[[Self], bool], seconds: float = 30) -> Self:
         """Return when something is true of what was read; fail when it does not become so in time."""
         with self._changed:
             done = self._changed.wait_for(lambda: check(self) or self.how, seconds)
@@ -54,10 +59,10 @@ class Reader:
         assert not self._thread.is_alive(), f"the stream did not end in {seconds} s"
         return self.how
 
-    def _read(self, server: Server, box: str, execution: str, which: str, offset: int | None) -> None:
+    def _read(self, server: Server, path: str, query: dict[str, str]) -> None:
         how = "cut"
         try:
-            with server.api() as api, api.stream(box, execution, which, offset) as found:
+            with server.api() as api, api.events(path, query) as found:
                 how = "clean"
                 for event in found:
                     with self._changed:
@@ -71,3 +76,25 @@ class Reader:
             with self._changed:
                 self.how = how
                 self._changed.notify_all()
+
+
+class LogReader(Reader):
+    """Reads the log of a devbox as it grows."""
+
+    def __init__(self, server: Server, box: str, **query: str) -> None:
+        self._begin(server, f"/v1/devboxes/{box}/logs/tail", query)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """All entries so far."""
+        return [event.data for event in self.events if event.name == "message"]
+
+    @property
+    def messages(self) -> list[str]:
+        """Their messages."""
+        return [entry["message"] for entry in self.entries]
+
+    @property
+    def text(self) -> str:
+        """All messages so far, a line each."""
+        return "".join(f"{message}\n" for message in self.messages)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from sqlalchemy import Connection
 from devboxd.devboxes import snapshot_store
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.changes import BoxFailure, Changes, Life, deadline, now_ms, refused
+from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.supervisor import Supervisor
@@ -54,6 +57,7 @@ class Devboxes:
         supervisor: Supervisor,
         warm: Warm,
         closing: Closing,
+        incidents: Incidents,
         *,
         retention_s: int,
     ) -> None:
@@ -64,6 +68,7 @@ class Devboxes:
         self._supervisor = supervisor
         self._warm = warm
         self._closing = closing
+        self._incidents = incidents
         self._retention_s = retention_s
         self._lives: dict[str, Life] = {}
         self._made_ms = 0
@@ -275,6 +280,16 @@ class Devboxes:
         life = self._lives.get(devbox_id)
         return () if life is None else life.awake
 
+    @contextmanager
+    def watching(self, devbox_id: str, event: asyncio.Event) -> Iterator[None]:
+        """Set `event` when something happens to the devbox, until it is freed."""
+        wakes = life.wakes if (life := self._lives.get(devbox_id)) is not None else set()
+        wakes.add(event)
+        try:
+            yield
+        finally:
+            wakes.discard(event)
+
     async def reached(self, devbox: Devbox, statuses: frozenset[str], seconds: float) -> Devbox | None:
         """The devbox as soon as its status is one of these, or None when the time is over or the server stops."""
         life = self._lives.get(devbox.id)
@@ -301,11 +316,17 @@ class Devboxes:
         self._lives.pop(life.devbox.id, None)
 
     async def _measure(self) -> None:
-        """End every devbox of which a journal takes more disk than an honest agent lets it: its agent is none."""
+        """Look what the kernel did to devboxes.
+
+        End every one of which a journal takes more disk than an honest agent lets it: its agent is none.
+        """
         while True:
             begun = time.monotonic()
-            living = [life.devbox.id for life in self._lives.values() if life.devbox.status in LIVE]
-            for box_id in await asyncio.to_thread(self._executions.overrun, living):
+            living = {life.devbox.id: life.devbox for life in self._lives.values() if life.devbox.status in LIVE}
+            for box_id in await asyncio.to_thread(self._incidents.look, living.values()):
+                if (life := self._lives.get(box_id)) is not None:
+                    life.update(life.devbox)
+            for box_id in await asyncio.to_thread(self._executions.overrun, list(living)):
                 if (life := self._lives.get(box_id)) is not None:
                     text = "a journal of its executions grew past the limit, which only a hostile first process can do"
                     await self._changes.happen(life, Event.FAILED, BoxFailure("health_check_failed", text))

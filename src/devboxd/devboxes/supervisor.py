@@ -19,6 +19,7 @@ from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
 from devboxd.devboxes.changes import BoxFailure, Changes, Life, now_ms
 from devboxd.devboxes.idle import Idle, Signs
+from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.prepare import PreparationError, handle_of, prepare, suspend_hooks, user_of
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
 from devboxd.devboxes.store import Devbox
@@ -59,6 +60,7 @@ class Means:
     executions: Executions
     looking: Looking
     files: Files
+    incidents: Incidents
     environment: Mapping[str, str]
     keep_memory_s: int
     images: Callable[[str | None], Image | None]
@@ -315,6 +317,7 @@ class Supervisor:
 
     async def _repeat(self, life: Life, end: Callable[[str], Awaitable[None]], why: str) -> None:
         """End the box until that works, and with it all its executions."""
+        await asyncio.to_thread(self._means.incidents.look, [life.devbox])
         pause = _FREE_AGAIN_S
         while True:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
 from collections import Counter, deque
@@ -199,6 +200,7 @@ class Boxes:
 
     def __init__(self) -> None:
         self._boxes: dict[str, Box] = {}
+        self._wakes: dict[str, set[asyncio.Event]] = {}
 
     def add(self, box: Box) -> None:
         """Take a box into service."""
@@ -215,6 +217,23 @@ class Boxes:
     def find(self, box_id: str) -> Box | None:
         """The box, when it is in service."""
         return self._boxes.get(box_id)
+
+    @contextlib.contextmanager
+    def watching(self, box_id: str, event: asyncio.Event) -> Iterator[None]:
+        """Set `event` whenever an execution is begun or has ended in the box, whether it is in service or not."""
+        waiting = self._wakes.setdefault(box_id, set())
+        waiting.add(event)
+        try:
+            yield
+        finally:
+            waiting.discard(event)
+            if not waiting:
+                self._wakes.pop(box_id, None)
+
+    def wake(self, box_id: str) -> None:
+        """An execution was begun, or has ended."""
+        for event in self._wakes.get(box_id, ()):
+            event.set()
 
     async def reached(self, box_id: str) -> Box:
         """The box with its agent connected. Raises 503 when that takes longer than a request can wait."""

@@ -34,7 +34,7 @@ class Journals:
     """The folder of all journals, `state/journals/<devbox>/<execution>.{stdout,stderr,stdin}`."""
 
     def __init__(self, folder: Path, cap: int) -> None:
-        self._folder = folder
+        self.folder = folder
         self._prefix = f"{folder}/"  # plain text: joining a Path costs as much as opening the file
         self.cap = cap
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -124,14 +124,14 @@ class Journals:
 
     def _made(self, devbox_id: str) -> Iterator[tuple[str, os.stat_result]]:
         """The journals of a devbox; the spools beside them are written by the server alone."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._folder / devbox_id) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / devbox_id) as entries:
             for entry in entries:
                 if not entry.name.endswith(".stdin"):
                     yield entry.path, entry.stat(follow_symlinks=False)
 
     def remove(self, devbox_id: str) -> None:
         """Delete everything that the executions of a devbox left here."""
-        folder = self._folder / devbox_id
+        folder = self.folder / devbox_id
         if not folder.exists():
             return
         for path in folder.iterdir():

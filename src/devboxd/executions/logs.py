@@ -1,36 +1,22 @@
-"""The logs of a devbox: each command that ran there, and the last lines that it said. Made from rows and journals."""
+"""The logs of a devbox: its states, what happened to it, each command that ran there, and what it said."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
 
 import msgspec
+from starlette.responses import Response
 
+from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.states import LIVE
+from devboxd.executions import entries
+from devboxd.executions.entries import LogEntry
 from devboxd.executions.looking import Looking
-from devboxd.executions.store import Execution
+from devboxd.executions.tailing import Tailing
 from devboxd.http.operation import Call
-
-MAX_ENTRIES = 1000
-MAX_BYTES = 1 << 20
-"""Most text in all messages of one answer."""
-_SOURCES = {"setup": "setup_commands", "launch": "setup_commands", "entrypoint": "entrypoint"}
-
-
-class LogEntry(msgspec.Struct, frozen=True):
-    """A command ("-> ...", with its exit code once it has ended) or a line of its output.
-
-    `timestamp_ms` is when the command was started, also for its lines.
-    """
-
-    level: str
-    timestamp_ms: int
-    source: str
-    message: str
-    cmd_id: str
-    cmd: str | None = None
-    shell_name: str | None = None
-    exit_code: int | None = None
+from devboxd.http.streams import Places, events
 
 
 class LogsView(msgspec.Struct, frozen=True):
@@ -42,43 +28,44 @@ class LogsView(msgspec.Struct, frozen=True):
 async def list_logs(
     devboxes: Devboxes,
     looking: Looking,
+    incidents: Incidents,
     call: Call,
     devbox_id: str,
     execution_id: str | None = None,
     shell_name: str | None = None,
 ) -> LogsView:
-    """What commands of the devbox said, all or those of one execution or named shell: the newest 1000 lines."""
-    await devboxes.get(call.account, devbox_id)
+    """The newest 1000 entries, at most 1 MiB of text, also of a devbox that has ended.
+
+    With `execution_id` or `shell_name` those of one execution or named shell alone.
+    """
+    devbox = await devboxes.get(call.account, devbox_id)
     if execution_id:
         await looking.get(devbox_id, execution_id)
-    found = await looking.newest(devbox_id, execution_id or None, shell_name or None, MAX_ENTRIES)
-    return LogsView(await asyncio.to_thread(_entries, looking, found))
+    own: list[LogEntry] = []
+    if not execution_id and not shell_name:
+        if devbox.status in LIVE:
+            await asyncio.to_thread(incidents.look, [devbox])
+        own = entries.in_order(entries.states(devbox), incidents.of(devbox_id))
+    found = await looking.newest(devbox_id, execution_id or None, shell_name or None, entries.MAX_ENTRIES)
+    return LogsView(await asyncio.to_thread(entries.newest, looking, found, own))
 
 
-def _entries(looking: Looking, newest_first: list[Execution]) -> list[LogEntry]:
-    kept: list[LogEntry] = []
-    size = 0
-    for row in newest_first:
-        for entry in reversed(_entries_of(looking, row, MAX_ENTRIES - len(kept))):
-            size += len(entry.message.encode())
-            if len(kept) == MAX_ENTRIES or size > MAX_BYTES:
-                return kept[::-1]
-            kept.append(entry)
-    return kept[::-1]
+async def tail_logs(
+    devboxes: Devboxes,
+    looking: Looking,
+    tailing: Tailing,
+    places: Places,
+    call: Call,
+    devbox_id: str,
+    execution_id: str | None = None,
+    shell_name: str | None = None,
+) -> Annotated[Response, "text/event-stream", LogEntry, 429]:
+    """Events with the entries that a list would give, then with each new one, until the devbox has ended.
 
-
-def _entries_of(looking: Looking, row: Execution, lines: int) -> list[LogEntry]:
-    """The command and at most so many lines of each of its streams."""
-    view = looking.view(row, lines)
-    base = LogEntry(
-        "info", row.create_time_ms, _SOURCES.get(row.purpose, "exec"), "", row.handle, shell_name=row.shell_name
-    )
-    with_message = msgspec.structs.replace
-    entries = [with_message(base, message=f"-> {row.command}", cmd=row.command, exit_code=view.exit_status)]
-    for level, text in (("info", view.stdout), ("error", view.stderr)):
-        entries += [with_message(base, level=level, message=line) for line in _lines(text or "")]
-    return entries
-
-
-def _lines(text: str) -> list[str]:
-    return text.removesuffix("\n").split("\n") if text else []
+    With `execution_id` until that execution has ended. A command that was running when it was told is told again with
+    its exit code. Lines come when they are whole, or in pieces of 16 KiB.
+    """
+    devbox = await devboxes.get(call.account, devbox_id)
+    if execution_id:
+        await looking.get(devbox_id, execution_id)
+    return events(tailing.stream(devbox, execution_id or None, shell_name or None), places)

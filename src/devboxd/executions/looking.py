@@ -52,7 +52,18 @@ class Looking:
 
     async def newest(self, devbox_id: str, handle: str | None, shell_name: str | None, limit: int) -> list[Execution]:
         """The newest executions of a devbox, of one handle or named shell if given, their commands cut when long."""
-        return await self._store.read(lambda c: rows.newest(c, devbox_id, handle, shell_name, limit))
+        found = await self._store.read(lambda c: rows.newest(c, devbox_id, handle, shell_name, limit))
+        return [self.now(row) for row in found]
+
+    async def after(self, devbox_id: str, last: str, limit: int) -> list[Execution]:
+        """The oldest executions of a devbox with internal ids above `last`, their commands cut when long."""
+        found = await self._store.read(lambda c: rows.after(c, devbox_id, last, limit))
+        return [self.now(row) for row in found]
+
+    def now(self, row: Execution) -> Execution:
+        """The row as memory has it, which the store may not have yet."""
+        running = self._boxes.running(row)
+        return row if running is None else running.row
 
     async def reached(self, row: Execution, statuses: frozenset[str], seconds: float) -> Execution | None:
         """The execution as soon as its status is one of these, or None when the time is over or the server stops."""
@@ -86,8 +97,7 @@ class Looking:
 
     def view(self, row: Execution, lines: int) -> ExecutionView:
         """The execution with its last lines; a running one shows what it wrote so far."""
-        running = self._boxes.running(row)
-        row = running.row if running is not None else row
+        row = self.now(row)
         out, out_cut = self._tail(row, "stdout", lines)
         err, err_cut = self._tail(row, "stderr", lines)
         return view_of(row, out, err, out_cut or row.stdout_truncated, err_cut or row.stderr_truncated)
@@ -98,10 +108,16 @@ class Looking:
         err, _ = self._tail(row, "stderr", None)
         return ExecutionDetailView(row.devbox_id, out, err, row.exit_status or 0, row.shell_name)
 
+    def text(self, row: Execution, stream: Stream, lines: int) -> str:
+        """The last lines of the part of a stream that this row speaks of."""
+        return self._tail(row, stream, lines)[0]
+
     def _tail(self, row: Execution, stream: Stream, lines: int | None) -> tuple[str, bool]:
         length = row.stdout_length if stream == "stdout" else row.stderr_length
         if length is None:
             length = self._journals.length(row.devbox_id, row.id, stream)
+        if length == 0:
+            return "", False  # most commands say nothing on one of the two: no file is opened for that
         with ExitStack() as stack:
             reader = self._journals.reader(row.devbox_id, row.id, stream)
             stack.callback(reader.close)

@@ -243,6 +243,7 @@ class Executions:
                 ) from error
             raise
         running.committed = True
+        self._boxes.wake(box.id)
         if box.gone is not None:
             await self._complete(box, running, _KILLED, error=box.gone)
         return box.gone is None
@@ -369,6 +370,7 @@ class Executions:
         self._forget(box, running)
         running.changed(done)
         running.ended()
+        self._boxes.wake(box.id)
         await self.stdin.remove(running)
 
     async def _persist(self, change: Callable[[Connection], None]) -> None:

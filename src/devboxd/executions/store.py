@@ -53,6 +53,12 @@ COMMAND_SHOWN = 1024
 _SHORT = [
     func.substr(column, 1, COMMAND_SHOWN).label("command") if column.name == "command" else column for column in table.c
 ]
+_AFTER = Statement(
+    select(*_SHORT)
+    .where(table.c.devbox_id == bindparam("box"), table.c.id > bindparam("last"))
+    .order_by(table.c.id)
+    .limit(bindparam("most"))
+)
 _INSERT = Statement(insert(table))
 _STDIN = Statement(
     update(table)
@@ -120,6 +126,11 @@ def newest(
         query = query.where(table.c.shell_name == shell_name)
     found = connection.execute(query.order_by(table.c.id.desc()).limit(limit))
     return [_record(row) for row in found]
+
+
+def after(connection: Connection, devbox_id: str, last: str, limit: int) -> list[Execution]:
+    """The oldest executions of a devbox with ids above `last`; long commands are cut."""
+    return [_record(row) for row in _AFTER.run(connection, {"box": devbox_id, "last": last, "most": limit})]
 
 
 def add(connection: Connection, execution: Execution) -> None:

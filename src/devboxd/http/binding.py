@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -132,6 +133,19 @@ class Operation:
 
     route: Route
     binding: Binding
+
+    @cached_property
+    def group(self) -> str:
+        """The folder of the handler, or the file's name within `resources`."""
+        parts = self.route.handler.__module__.split(".")
+        if len(parts) > 2 and parts[1] == "resources":
+            return parts[2]
+        return "server" if parts[1:2] == ["http"] else parts[1] if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def name(self) -> str:
+        """What it is called in descriptions and counts, such as devboxes.create_devbox."""
+        return f"{self.group}.{self.route.handler.__name__}"
 
 
 class Parameter:

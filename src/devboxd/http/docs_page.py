@@ -32,7 +32,7 @@ def page(operations: Sequence[Operation]) -> str:
     """The whole page."""
     groups: dict[str, list[Operation]] = {}
     for operation in operations:
-        groups.setdefault(openapi.tag(operation), []).append(operation)
+        groups.setdefault(operation.group, []).append(operation)
     links = "".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in groups)
     sections = "".join(_section(name, members) for name, members in groups.items())
     return (

@@ -65,14 +65,6 @@ def document(operations: Sequence[Operation]) -> bytes:
     )
 
 
-def tag(operation: Operation) -> str:
-    """The group of an operation: the folder of its handler, or the file's name within `resources`."""
-    parts = operation.route.handler.__module__.split(".")
-    if len(parts) > 2 and parts[1] == "resources":
-        return parts[2]
-    return "server" if parts[1:2] == ["http"] else parts[1] if len(parts) > 1 else parts[0]
-
-
 def summary(operation: Operation) -> tuple[str, str]:
     """The first line of the handler's docstring, and the rest of it."""
     first, _, rest = (inspect.getdoc(operation.route.handler) or "").partition("\n")
@@ -91,9 +83,9 @@ def answer_type(operation: Operation) -> Any:
     return next((part for part in _parts(operation.binding.returns) if _is_struct(part)), None)
 
 
-def media_type(operation: Operation) -> str:
-    """The type of an answer that is no error."""
-    return next((part for part in _parts(operation.binding.returns) if isinstance(part, str)), _JSON)
+def media_types(operation: Operation) -> list[str]:
+    """The types that an answer may have that is no error; the view belongs to the first, others are plain text."""
+    return [part for part in _parts(operation.binding.returns) if isinstance(part, str)] or [_JSON]
 
 
 def error_codes(operation: Operation) -> list[int]:
@@ -122,8 +114,8 @@ def _is_struct(kind: Any) -> bool:
 def _describe(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
     head, text = summary(operation)
     described: dict[str, Any] = {
-        "operationId": f"{tag(operation)}.{operation.route.handler.__name__}",
-        "tags": [tag(operation)],
+        "operationId": operation.name,
+        "tags": [operation.group],
         "summary": head,
         "parameters": _parameters(operation),
         "responses": _responses(operation, schemas),
@@ -164,12 +156,13 @@ def _query(parameter: Parameter) -> dict[str, Any]:
 
 
 def _responses(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
-    media, kind = media_type(operation), answer_type(operation)
+    (media, *others), kind = media_types(operation), answer_type(operation)
     schema = {"type": "object" if media == _JSON else "string"} if kind is None else schemas[id(kind)]
     if media == _EVENTS:
         schema = _event(schema)
     errors = {str(code): {"$ref": f"#/components/responses/Error{code}"} for code in error_codes(operation)}
-    return {"200": {"description": "Done", "content": {media: {"schema": schema}}}, **errors}
+    content = {media: {"schema": schema}, **{other: {"schema": {"type": "string"}} for other in others}}
+    return {"200": {"description": "Done", "content": content}, **errors}
 
 
 def _event(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""Evictions: the hosted service announces when it will take a devbox away. This server never does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Annotated
+
+import msgspec
+from starlette.responses import Response
+
+from devboxd.http.operation import Call
+from devboxd.http.streams import HEARTBEAT_S, Closing, EndedEarlyError, Places, events, wait
+
+
+class EvictionView(msgspec.Struct, frozen=True):
+    """A devbox that will be suspended, and when, in Unix milliseconds."""
+
+    devbox_id: str
+    eviction_deadline_ms: int
+
+
+async def watch_evictions(
+    closing: Closing, places: Places, call: Call
+) -> Annotated[Response, "text/event-stream", "text/plain", EvictionView, 429]:
+    """A stream of events without any: no devbox is ever evicted here. It lasts until the server stops.
+
+    Only a request that accepts text/event-stream gets it; others get an empty text.
+    """
+    if "text/event-stream" not in call.request.headers.get("accept", ""):
+        return Response(media_type="text/plain")
+    return events(_none(closing), places)
+
+
+async def _none(closing: Closing) -> AsyncGenerator[tuple[EvictionView, ...], None]:
+    event = asyncio.Event()
+    with closing.waking(event):
+        while not closing.begun:
+            yield ()
+            await wait(event, HEARTBEAT_S)
+    raise EndedEarlyError("cannot go on with this stream: the server stops; open it again")
