@@ -48,7 +48,7 @@ def test_a_tail_begins_with_the_list_and_ends_with_the_devbox(api: Api, server: 
     assert tail.entries == listed
     ended = api.run(box, "echo after; exit 4", shell_name="work")["execution_id"]
     tail.until(lambda t: any(e["cmd_id"] == ended and e["exit_code"] == 4 for e in t.entries))
-    assert "after" in tail.messages
+    tail.until(lambda t: "after" in t.messages)
     running = api.start(box, "echo started; sleep 600")
     tail.until(lambda t: "started" in t.messages)
     api.shutdown(box)
