@@ -44,8 +44,10 @@ from devboxd.executions.watch import Watcher
 from devboxd.http.listening import HttpServer, listen
 from devboxd.http.once import STOPPING_S
 from devboxd.http.operation import Application, Unready, build
+from devboxd.http.requests import Requests
 from devboxd.http.streams import Closing, Places
 from devboxd.resources.accounts import first_start
+from devboxd.resources.metrics import Metrics
 from devboxd.routes import ROUTES
 from devboxd.store.db import FILE_NAME, Store
 from devboxd.tasks import Tasks
@@ -137,10 +139,14 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         tailing = Tailing(devboxes, looking, incidents, boxes, journals, watcher, closing)
         snapshots = Snapshots(store, engine, devboxes)
         places = Places(streams_within(available))
+        requests = Requests()
+        metrics = Metrics(settings.state, store, requests, places, devboxes, changes, executions, incidents)
         services = (
-            store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places
+            store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
         )  # fmt: skip
-        application = build(ROUTES, services, store=store, settings=settings, ready=lambda: ready.state)
+        application = build(
+            ROUTES, services, store=store, settings=settings, ready=lambda: ready.state, requests=requests
+        )
         await first_start(store, settings.state)
         async with _listening(listener, application, closing, ready) as serving:
             start = _start(settings, images, engine, devboxes, snapshots, ready, stack)

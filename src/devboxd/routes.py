@@ -9,7 +9,7 @@ from devboxd.devboxes import snapshot_api as snapshots
 from devboxd.executions import api as executions
 from devboxd.executions import logs
 from devboxd.http.operation import Route
-from devboxd.resources import accounts
+from devboxd.resources import accounts, metrics
 
 _READ = "devboxes:read"
 _WRITE = "devboxes:write"
@@ -23,6 +23,7 @@ _STDIN_BODY = 9 << 20
 
 ROUTES = (
     Route("GET", "/v1/accounts/me", accounts.me, "account:read"),
+    Route("GET", "/metrics", metrics.retrieve_metrics, "metrics:read"),
     # devboxes
     Route("POST", "/v1/devboxes", devboxes.create_devbox, _WRITE, once=True),
     Route("GET", "/v1/devboxes", devboxes.list_devboxes, _READ),

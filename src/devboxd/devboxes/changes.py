@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,6 +65,8 @@ class Changes:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.ended: Counter[tuple[str, ...]] = Counter()
+        """How many devboxes ended since the server was started, by status and reason."""
 
     async def apply(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
         """Let an event happen, with more columns to be written. Raises the refusal of the table, and StoreError."""
@@ -90,6 +93,8 @@ class Changes:
             if values:
                 change = partial(rows.change, devbox=devbox, **values)
                 life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
+                if move.status in TERMINAL and devbox.status not in TERMINAL:
+                    self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
                 _log.info("devbox", id=devbox.id, was=devbox.status, status=move.status, by=event)
 
     async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:

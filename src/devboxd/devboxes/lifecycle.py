@@ -72,6 +72,7 @@ class Devboxes:
         self._retention_s = retention_s
         self._lives: dict[str, Life] = {}
         self._made_ms = 0
+        self.created = 0
         self._tasks = Tasks()
 
     # -- the server comes and goes -------------------------------------------------------------------------------
@@ -168,6 +169,7 @@ class Devboxes:
             if devbox_id is not None:
                 self._tasks.start(self._engine.destroy(devbox_id), f"remove {devbox_id}")
             raise
+        self.created += 1
         self._lives[devbox.id] = Life(devbox)
         self._begin(self._lives[devbox.id])
         return devbox
@@ -206,6 +208,10 @@ class Devboxes:
     def _touch(self, devbox_id: str) -> None:
         if (box := self._executions.box(devbox_id)) is not None:
             box.touch()
+
+    def living(self) -> list[Status]:
+        """The status of each devbox that has not been freed."""
+        return [life.devbox.status for life in self._lives.values()]
 
     async def figures(self, devbox: Devbox) -> Figures | None:
         """What the devbox uses at this moment; None unless it lives."""

@@ -67,7 +67,10 @@ class Executions:
         self._looking = looking
         self._per_box = per_box
         self._in_all = in_all
-        self._running = 0
+        self.running = 0
+        self.started = 0
+        self.completed = 0
+        """Counts since the server was started."""
         self._boxes = boxes
         self._tasks = Tasks()
 
@@ -146,11 +149,11 @@ class Executions:
 
     def _register(self, box: Box, running: Running) -> None:
         box.running[running.row.id] = running
-        self._running += 1
+        self.running += 1
 
     def _forget(self, box: Box, running: Running) -> None:
         if box.running.pop(running.row.id, None) is not None:
-            self._running -= 1
+            self.running -= 1
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -243,6 +246,7 @@ class Executions:
                 ) from error
             raise
         running.committed = True
+        self.started += 1
         self._boxes.wake(box.id)
         if box.gone is not None:
             await self._complete(box, running, _KILLED, error=box.gone)
@@ -253,7 +257,7 @@ class Executions:
             raise ApiError(
                 429, f"cannot start another command in {box.id}: {self._per_box} run there, the limit; wait for some"
             )
-        if self._running >= self._in_all:
+        if self.running >= self._in_all:
             raise ApiError(
                 429,
                 f"cannot start another command: {self._in_all} run on this server, the limit that follows from "
@@ -370,6 +374,7 @@ class Executions:
         self._forget(box, running)
         running.changed(done)
         running.ended()
+        self.completed += 1
         self._boxes.wake(box.id)
         await self.stdin.remove(running)
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from devboxd.config import Settings
 from devboxd.errors import ApiError, bad_request
 from devboxd.http.answer import Answer, of_error
+from devboxd.http.requests import UNKNOWN, Requests
 from devboxd.store.db import Store
 from devboxd.store.schema import keys
 from devboxd.store.statement import Statement
@@ -52,8 +53,9 @@ async def authenticate(store: Store, authorization: bytes) -> str:
 class Guard:
     """Wraps the application. It leaves the headers as a dict in scope["devboxd.headers"], read once."""
 
-    def __init__(self, inner: ASGIApp, settings: Settings) -> None:
+    def __init__(self, inner: ASGIApp, settings: Settings, requests: Requests) -> None:
         self._inner = inner
+        self._requests = requests
         names = {"localhost", "127.0.0.1", "[::1]", _bracketed(settings.host), *settings.domains}
         self._hosts = {name.lower().encode("idna" if name.isascii() is False else "ascii") for name in names}
         self._origins = {origin.encode() for origin in settings.cors_origins}
@@ -61,14 +63,14 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request and log it: method, path, status, milliseconds, account; nothing else of it."""
         started = time.perf_counter()
-        status = 499  # the client left before an answer began
+        status, answered = 499, 0.0  # the client left before an answer began
         headers = scope["devboxd.headers"] = dict(scope["headers"])
         extra = self._extra_headers(headers)
 
         async def decorated(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered = message["status"], time.perf_counter()
                 message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
@@ -78,6 +80,8 @@ class Guard:
             else:
                 await self._inner(scope, receive, decorated)
         finally:
+            seconds = (answered or time.perf_counter()) - started
+            self._requests.count(scope.get("devboxd.operation", UNKNOWN), status, seconds)
             _log_request(scope, status, started)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> Answer | None:

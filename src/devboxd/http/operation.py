@@ -23,6 +23,7 @@ from devboxd.http.answer import Answer, of_error, of_value
 from devboxd.http.binding import Binding, Operation, Route
 from devboxd.http.guard import Guard, authenticate
 from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
+from devboxd.http.requests import Requests
 from devboxd.store.db import Store
 
 __all__ = ["Application", "Call", "Route", "Unready", "build"]
@@ -72,9 +73,13 @@ def build(
     store: Store,
     settings: Settings,
     ready: Callable[[], Unready | None],
+    requests: Requests | None = None,
 ) -> Application:
-    """The application for a table. `ready` gives None, or the reason why /v1 is not served yet."""
-    return Application(routes, services, store=store, settings=settings, ready=ready)
+    """The application for a table. `ready` gives None, or the reason why /v1 is not served yet.
+
+    Every request is counted in `requests`.
+    """
+    return Application(routes, services, store=store, settings=settings, ready=ready, requests=requests or Requests())
 
 
 class Application:
@@ -88,6 +93,7 @@ class Application:
         store: Store,
         settings: Settings,
         ready: Callable[[], Unready | None],
+        requests: Requests,
     ) -> None:
         self._store = store
         self._ready = ready
@@ -100,7 +106,7 @@ class Application:
         self._tree = _Node()
         for operation in self.operations:
             self._tree.add(operation)
-        self._guard = Guard(self._serve, settings)
+        self._guard = Guard(self._serve, settings, requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection; there are no WebSockets here."""
@@ -139,6 +145,7 @@ class Application:
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | Response:
         operation, values = self._find(scope["method"], scope["path"])
         route = operation.route
+        scope["devboxd.operation"] = operation.name
         if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
             raise await _sent_away(route, unready)
         headers: dict[bytes, bytes] = scope["devboxd.headers"]

@@ -89,6 +89,9 @@ class Store:
         self._raw = cast(sqlite3.Connection, self._writer.connection.driver_connection)
         self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._synced = True
+        self.writes = 0
+        self.commits = 0
+        """How many jobs were committed, and in how many transactions; counted by the writer."""
         self._room = asyncio.Semaphore(_QUEUE)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
@@ -186,6 +189,8 @@ class Store:
             for job in batch:
                 self._perform(job)
             self._raw.execute("COMMIT")
+            self.writes += len(batch)
+            self.commits += 1
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 if self._raw.in_transaction:

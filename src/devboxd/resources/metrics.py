@@ -1,0 +1,126 @@
+"""What an operator watches, in the text format of Prometheus. Labels are names that this server knows, never ids."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+import devboxd
+from devboxd.devboxes.changes import Changes
+from devboxd.devboxes.incidents import Incidents
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.executions.running import Executions
+from devboxd.http.requests import BOUNDS_S, Requests
+from devboxd.http.streams import Places
+from devboxd.store.db import Store
+
+Counts = Mapping[tuple[str, ...], int]
+"""Values by those of their labels."""
+
+
+class Metrics(Collector):
+    """Reads the counts that the parts of the server keep anyway, when somebody asks.
+
+    A new part gets a method that yields its families, and a line in `collect`.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        store: Store,
+        requests: Requests,
+        places: Places,
+        devboxes: Devboxes,
+        changes: Changes,
+        executions: Executions,
+        incidents: Incidents,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._requests = requests
+        self._places = places
+        self._devboxes = devboxes
+        self._changes = changes
+        self._executions = executions
+        self._incidents = incidents
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def text(self) -> bytes:
+        """All of it now."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family but those of the process."""
+        yield _gauge("devboxd_info", "The version that runs", {(devboxd.__version__,): 1}, "version")
+        yield from self._of_devboxes()
+        yield from self._of_executions()
+        yield from self._of_http()
+        yield from self._of_store()
+
+    def _of_devboxes(self) -> Iterator[Metric]:
+        now: Counts = Counter((str(status),) for status in self._devboxes.living())
+        yield _gauge("devboxd_devboxes", "Devboxes that have not been freed", now, "status")
+        yield _counter("devboxd_devboxes_created", "Devboxes made by this server", {(): self._devboxes.created})
+        ended = self._changes.ended
+        yield _counter("devboxd_devboxes_ended", "Devboxes that ended, and why", ended, "status", "reason")
+        text = "Processes of devboxes that the kernel killed for lack of memory"
+        yield _counter("devboxd_oom_kills", text, {(): self._incidents.oom_kills})
+
+    def _of_executions(self) -> Iterator[Metric]:
+        executions = self._executions
+        yield _gauge("devboxd_executions_running", "Executions that have not completed", {(): executions.running})
+        yield _counter("devboxd_executions_started", "Executions that were begun", {(): executions.started})
+        yield _counter("devboxd_executions_completed", "Executions that have ended", {(): executions.completed})
+
+    def _of_http(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "devboxd_request_seconds", "Time until an answer began", labels=["operation", "status"]
+        )
+        for (operation, status), taken in sorted(self._requests.taken.items()):
+            total, buckets = 0, []
+            for bound, count in zip((*map(str, BOUNDS_S), "+Inf"), taken.buckets, strict=True):
+                total += count
+                buckets.append((bound, float(total)))
+            family.add_metric([operation, str(status)], buckets, taken.seconds)
+        yield family
+        yield _gauge("devboxd_streams_open", "Streams and file transfers that are open", {(): self._places.taken})
+        yield _gauge("devboxd_streams_limit", "How many may be open", {(): self._places.limit})
+
+    def _of_store(self) -> Iterator[Metric]:
+        yield _counter("devboxd_store_writes", "Changes of the store", {(): self._store.writes})
+        yield _counter("devboxd_store_commits", "Transactions that they shared", {(): self._store.commits})
+        disk = os.statvfs(self._state)
+        size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+        yield _gauge("devboxd_state_disk_bytes", "Size of the disk that holds the state folder", {(): size})
+        yield _gauge("devboxd_state_disk_free_bytes", "What is free of it", {(): free})
+
+
+async def retrieve_metrics(metrics: Metrics) -> Annotated[Response, "text/plain"]:
+    """Counts for Prometheus, in its text format."""
+    return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+
+def _gauge(name: str, text: str, values: Counts, *labels: str) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in sorted(values.items()):
+        family.add_metric(key, value)
+    return family
+
+
+def _counter(name: str, text: str, values: Counts, *labels: str) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, value in sorted(values.items()):
+        family.add_metric(key, value)
+    return family

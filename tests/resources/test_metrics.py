@@ -1,0 +1,91 @@
+"""/metrics: counts that follow what happens, in a form that Prometheus reads, without a secret or an id in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from support.api import Api
+from support.reader import Reader
+from support.server import Server
+
+pytestmark = pytest.mark.box
+
+
+class Scrape:
+    """One look at all metrics."""
+
+    def __init__(self, api: Api) -> None:
+        answer = api.http.get("/metrics")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        self.text = answer.text
+        self.samples = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.samples.get((name, frozenset(labels.items())), 0.0)
+
+    def labels(self) -> Iterator[tuple[str, str]]:
+        for _, labels in self.samples:
+            yield from labels
+
+
+def test_the_counts_follow_what_happens(own_server: Server) -> None:
+    with own_server.api() as api:
+        before = Scrape(api)
+        box = api.create()
+        api.run(box, "true")
+        running = api.start(box, "echo on; sleep 600")
+        reader = Reader(own_server, box, running).until(lambda r: "on" in r.text)
+        api.refused("GET", "/v1/devboxes/dbx_000000000000000000000", 404)
+        during = Scrape(api)
+        assert during.value("devboxd_devboxes", status="running") == 1
+        assert during.value("devboxd_devboxes_created_total") - before.value("devboxd_devboxes_created_total") == 1
+        assert during.value("devboxd_executions_running") == 1
+        started = during.value("devboxd_executions_started_total")
+        assert started - during.value("devboxd_executions_completed_total") == 1
+        assert during.value("devboxd_streams_open") == 1
+        assert during.value("devboxd_streams_limit") > 1
+        missing = {"operation": "devboxes.retrieve_devbox", "status": "404"}
+        assert during.value("devboxd_request_seconds_count", **missing) == 1
+        assert during.value("devboxd_request_seconds_bucket", **missing, le="+Inf") == 1
+        assert 0 < during.value("devboxd_request_seconds_sum", **missing) < 60
+        assert during.value("devboxd_store_writes_total") >= during.value("devboxd_store_commits_total") > 0
+        assert during.value("process_open_fds") > 10
+        assert during.value("process_resident_memory_bytes") > 10 << 20
+        assert during.value("devboxd_state_disk_bytes") > during.value("devboxd_state_disk_free_bytes") > 0
+        api.shutdown(box)
+        assert reader.wait() == "clean"
+        failing = api.call("POST", "/v1/devboxes", {"launch_parameters": {"launch_commands": ["exit 1"]}})["id"]
+        reason = api.wait_box(failing, "failure")["failure_reason"]
+        after = Scrape(api)
+        assert after.value("devboxd_devboxes_ended_total", status="shutdown", reason="api_shutdown") == 1
+        assert after.value("devboxd_devboxes_ended_total", status="failure", reason=reason) == 1
+        assert after.value("devboxd_executions_running") == 0
+        assert after.value("devboxd_streams_open") == 0
+
+
+def test_metrics_need_a_key_also_from_the_same_machine(api: Api) -> None:
+    assert api.http.get("/metrics", headers={"authorization": ""}).status_code == 401
+    assert api.http.get("/metrics", headers={"authorization": "Bearer ak_wrong"}).status_code == 401
+
+
+def test_labels_hold_nothing_that_a_caller_chose(api: Api, server: Server, box: str) -> None:
+    word = "s3cret-word"
+    api.run(box, f"echo {word}", shell_name=word)
+    api.http.get(f"/v1/devboxes/{word}", params={word: word})
+    api.http.request("BREW", f"/{word}")
+    scrape = Scrape(api)
+    assert word not in scrape.text
+    assert server.key not in scrape.text
+    assert box not in scrape.text
+    assert {name for name, _ in scrape.labels()} <= {"operation", "status", "reason", "le", "version"}
+    operations = {value for name, value in scrape.labels() if name == "operation"}
+    assert all(re.fullmatch(r"[a-z]+\.[a-z_]+|none", operation) for operation in operations)
