@@ -95,6 +95,30 @@ def test_claim_without_state_folder_is_given_away(tmp_path: Path, run: Path, etc
     assert not (tmp_path / "moved" / "lock").samefile(tmp_path / "two" / "lock")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+def test_addresses_of_an_abandoned_claim_are_free_again(tmp_path: Path, run: Path, etc: Path) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from devboxd.engine import instance
+from devboxd.engine.nettools import ip, run
+instance._NAMES = (f"a{os.getpid() % 1000:03}",)
+folder, at, etc = map(Path, sys.argv[1:])
+ip("link set lo up")
+for number in range(9):
+    state = folder / str(number)
+    one = instance.claim(state, at, etc)
+    ip(f"route replace {one.subnet} dev lo", f"rule add priority 9 to {one.subnet} lookup 56099")
+    (one.directory / "boxes" / "dbx_1").mkdir(parents=True)
+    one.close()
+    state.rename(folder / f"gone {number}")
+print(len(run("ip", "route", "list", "dev", "lo").splitlines()), run("ip", "rule", "list").count("lookup 56099"))
+"""
+    command = ("unshare", "--net", sys.executable, "-c", script, tmp_path, run, etc)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("1 1\n", ""), "nine servers were killed, and only the last one left a trace"
+
+
 @pytest.mark.usefixtures("names")
 def test_claim_without_state_folder_is_kept_while_a_box_lives(tmp_path: Path, run: Path, etc: Path) -> None:
     first = claim_with_box(tmp_path / "one", run, etc)

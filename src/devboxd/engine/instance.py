@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from devboxd.engine.base import EngineError
+from devboxd.engine.nettools import ip
 from devboxd.errors import SetupError
 
 RUN = Path("/run/devboxd")
@@ -185,6 +187,7 @@ def _find(state: Path, run: Path) -> tuple[int, ipaddress.IPv4Network] | None:
 def _choose(run: Path, etc: Path) -> tuple[int, ipaddress.IPv4Network]:
     for name in _NAMES:
         if (run / name).exists() and _abandoned(run / name):
+            _unroute(_read_claim(run / name).get("subnet"))
             shutil.rmtree(run / name)
     taken = _foreign_ids(etc)
     for number, name in enumerate(_NAMES):
@@ -207,6 +210,15 @@ def _abandoned(directory: Path) -> bool:
         if _identity(Path(held["state"])) == held["identity"]:
             return False
     return not _has_processes(directory.name)
+
+
+def _unroute(subnet: str | None) -> None:
+    """Forget a killed server's route that leads nowhere and its rule: its addresses would be taken for ever."""
+    if subnet is None:
+        return
+    for command in (f"route delete {subnet} dev lo", f"rule delete to {subnet}"):
+        with contextlib.suppress(EngineError):  # there is none, or no `ip`, which whoever uses the addresses will tell
+            ip(command)
 
 
 def _has_processes(name: str) -> bool:
