@@ -117,3 +117,23 @@ def test_a_restart_of_the_server_changes_no_sum(own_server: Server) -> None:
         elapsed = after["total_elapsed_seconds"]
         assert elapsed == after["total_active_seconds"] >= before["total_elapsed_seconds"]
         assert after["live"]["cpu_seconds"] >= before["live"]["cpu_seconds"] > 0, "the box went on"
+
+
+@pytest.mark.box
+def test_a_devbox_that_sleeps_uses_its_disk_alone(api: Api) -> None:
+    box = api.create()
+    api.call("POST", f"/v1/devboxes/{box}/suspend")
+    api.wait_box(box, "suspended")
+    first = usage(api, box)
+    assert (first["status"], first["live"]) == ("suspended", None)
+    while (later := usage(api, box))["total_elapsed_seconds"] < first["total_elapsed_seconds"] + 2:
+        pass
+    assert later["total_active_seconds"] == first["total_active_seconds"]
+    assert later["vcpu_seconds"] == first["vcpu_seconds"]
+    assert later["disk_gb_seconds"] > first["disk_gb_seconds"]
+    api.call("POST", f"/v1/devboxes/{box}/resume")
+    api.wait_box(box, "running")
+    awake = usage(api, box)
+    assert awake["live"]["pids"] > 0
+    assert awake["total_active_seconds"] < awake["total_elapsed_seconds"]
+    api.shutdown(box)

@@ -107,6 +107,11 @@ def test_processes_killed_for_lack_of_memory_are_told_once(own_server: Server) -
         )  # fmt: skip
         own_server.restart()
         assert [entry for entry in logs(api, box) if entry["source"] == "kmsg"] == [told]
+        api.call("POST", f"/v1/devboxes/{box}/suspend")
+        api.wait_box(box, "suspended")
+        assert [entry for entry in logs(api, box) if entry["source"] == "kmsg"] == [told]
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "running")
         second = api.run(box, greedy)
         assert second["exit_status"] == 137
         api.shutdown(box)

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
-from devboxd.devboxes.states import LIVE
 from devboxd.executions import entries
 from devboxd.executions.entries import LogEntry
 from devboxd.executions.looking import Looking
@@ -43,7 +42,7 @@ async def list_logs(
         await looking.get(devbox_id, execution_id)
     own: list[LogEntry] = []
     if not execution_id and not shell_name:
-        if devbox.status in LIVE:
+        if not devbox.disk_freed:
             await asyncio.to_thread(incidents.look, [devbox])
         own = entries.in_order(entries.states(devbox), incidents.of(devbox_id))
     found = await looking.newest(devbox_id, execution_id or None, shell_name or None, entries.MAX_ENTRIES)
