@@ -17,7 +17,7 @@ HELD_S = 0.1
 """How long a case holds an answer at most: what never comes is no subject here."""
 PUBLIC = {"/healthz", "/openapi.json", "/docs"}
 CREATES = {"/v1/devboxes", "/v1/devboxes/create_and_await_running"}
-ENDED = {"shutdown", "tail"}
+ENDED = {"shutdown", "suspend", "tail"}
 """What must not be done to the devbox that all cases share, or would have no end there."""
 WORLD: dict[str, str] = json.loads(os.environ["DEVBOXD_WORLD"])
 """url, key; `live` and `ended` devboxes; `lasting` and `over` executions of the first, `past` of the second."""
