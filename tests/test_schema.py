@@ -41,6 +41,7 @@ def world(server: Server, api: Api, box: str) -> Iterator[dict[str, str]]:
         "over": over,
         "lasting": lasting,
     }
+    assert api.box(box)["status"] == "running", api.box(box)
     assert api.execution(box, lasting)["status"] == "running"
     assert api.output(box, "echo unharmed") == "unharmed\n"
 

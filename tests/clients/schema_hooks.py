@@ -45,6 +45,11 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
             names["execution_id"] = WORLD["past" if ended else "lasting" if lasting else "over"]
             if last == "kill" and not ended:
                 names["execution_id"] = _started()
+    if isinstance(names, dict):  # ids of earlier answers come back as values of later cases
+        if last in ENDED and names.get("devbox_id") == WORLD["live"]:
+            names["devbox_id"] = WORLD["ended"]
+        if last == "kill" and names.get("execution_id") == WORLD["lasting"]:
+            names["execution_id"] = WORLD["over"]
     if isinstance(body, dict) and case.media_type == "application/json":
         if last == "wait_for_status" and isinstance(body.get("timeout_seconds") or HELD_S, int | float):
             body["timeout_seconds"] = min(body.get("timeout_seconds") or HELD_S, HELD_S)

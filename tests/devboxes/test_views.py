@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from devboxd.devboxes.views import (
     GIB,
     SIZES,
+    AfterIdle,
     CreateDevbox,
     IdlePolicy,
     LaunchParameters,
@@ -87,13 +88,13 @@ def test_a_lifecycle_without_a_value_asks_for_nothing(empty: dict[str, object]) 
 
 @pytest.mark.parametrize("place", ["after_idle", "lifecycle"])
 def test_an_idle_policy_may_stand_in_either_place(place: str) -> None:
-    policy = IdlePolicy(60, "suspend")
+    policy = AfterIdle(60, "suspend")
     launch = (
         LaunchParameters(after_idle=policy) if place == "after_idle" else LaunchParameters(lifecycle=Lifecycle(policy))
     )
     check_create(CreateDevbox(launch_parameters=launch))
     check_create(CreateDevbox(launch_parameters=LaunchParameters(after_idle=policy, lifecycle=Lifecycle(policy))))
-    assert idle_policy(launch) == policy
+    assert idle_policy(launch) == IdlePolicy(60, "suspend")
 
 
 def test_an_object_of_any_depth_is_looked_through() -> None:

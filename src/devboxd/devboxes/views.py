@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -41,11 +41,18 @@ class UserParameters(msgspec.Struct, frozen=True):
     uid: int
 
 
-class IdlePolicy(msgspec.Struct, frozen=True):
-    """What happens to a devbox that nobody has used for so many seconds; without values it asks for nothing."""
+class AfterIdle(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An idle policy as it is asked for; without values it asks for nothing."""
 
-    idle_time_seconds: int = 0
-    on_idle: Literal["shutdown", "suspend", ""] = ""
+    idle_time_seconds: int | None = None
+    on_idle: Literal["shutdown", "suspend"] | None = None
+
+
+class IdlePolicy(NamedTuple):
+    """What happens to a devbox that nobody has used for so many seconds."""
+
+    idle_time_seconds: int
+    on_idle: str
 
 
 class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,7 +72,7 @@ class LifecycleHooks(msgspec.Struct, frozen=True, omit_defaults=True):
 class Lifecycle(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a devbox sleeps and wakes."""
 
-    after_idle: IdlePolicy | None = None
+    after_idle: AfterIdle | None = None
     resume_triggers: ResumeTriggers | None = None
     lifecycle_hooks: LifecycleHooks | None = None
 
@@ -83,7 +90,7 @@ class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
     keep_alive_time_seconds: int | None = None
     available_ports: list[int] | None = None
     provisioning_tier: Literal["standard", "flex"] | None = None
-    after_idle: IdlePolicy | None = None
+    after_idle: AfterIdle | None = None
     lifecycle: Lifecycle | None = None
     # not yet
     network_policy_id: Any = None
@@ -290,20 +297,26 @@ def _check_life(seconds: int | None) -> None:
 
 def idle_policy(launch: LaunchParameters) -> IdlePolicy | None:
     """The policy, from either of its two places."""
+    asked = next(iter(_asked_policies(launch)), AfterIdle())
+    if asked.idle_time_seconds is None or asked.on_idle is None:
+        return None
+    return IdlePolicy(asked.idle_time_seconds, asked.on_idle)
+
+
+def _asked_policies(launch: LaunchParameters) -> set[AfterIdle]:
     inner = launch.lifecycle.after_idle if launch.lifecycle else None
-    return next((policy for policy in (launch.after_idle, inner) if policy not in (None, IdlePolicy())), None)
+    return {asked for asked in (launch.after_idle, inner) if asked is not None and asked != AfterIdle()}
 
 
 def _check_idle(launch: LaunchParameters) -> None:
-    inner = launch.lifecycle.after_idle if launch.lifecycle else None
-    asked = {policy for policy in (launch.after_idle, inner) if policy not in (None, IdlePolicy())}
-    if len(asked) == 2:
+    found = _asked_policies(launch)
+    if len(found) > 1:
         raise bad_request(
             "cannot use two idle policies: launch_parameters.after_idle and lifecycle.after_idle differ; set one"
         )
     policy = idle_policy(launch)
-    if policy is not None and not policy.on_idle:
-        raise bad_request("cannot use an idle policy without on_idle: it is shutdown or suspend")
+    if found and policy is None:
+        raise bad_request("cannot use half an idle policy: after_idle needs both idle_time_seconds and on_idle")
     if policy is not None and not 1 <= policy.idle_time_seconds <= MAX_IDLE_S:
         raise bad_request(
             f"cannot wait {policy.idle_time_seconds} s for a devbox to be idle: idle_time_seconds is 1 to {MAX_IDLE_S}"
