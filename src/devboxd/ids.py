@@ -34,14 +34,6 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{digits}"
 
 
-def time_of(an_id: str) -> int:
-    """When an id was made, in Unix milliseconds."""
-    number = 0
-    for digit in an_id.rpartition("_")[2]:
-        number = number * 62 + _ALPHABET.index(digit)
-    return number >> _RANDOM_BITS
-
-
 def check_id(prefix: str, text: str, what: str) -> str:
     """Return `text` when it has the form of an id of this prefix, else raise 400 that shows the form expected."""
     if text.startswith(prefix + "_") and _FORM.fullmatch(text[len(prefix) + 1 :]):

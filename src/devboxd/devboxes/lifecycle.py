@@ -71,7 +71,6 @@ class Devboxes:
         self._incidents = incidents
         self._retention_s = retention_s
         self._lives: dict[str, Life] = {}
-        self._made_ms = 0
         self.created = 0
         self._tasks = Tasks()
 
@@ -132,12 +131,13 @@ class Devboxes:
         image = await self._image_of(account, body.snapshot_id or None)
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
-                503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=False
+                503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=True
             )
-        now = self._made_ms = max(now_ms(), self._made_ms + 1)  # pages follow this time
-        devbox_id = None if body.snapshot_id else self._warm.take()
+        now = now_ms()
+        position = new_id("dbx")
+        warm_id = None if body.snapshot_id else self._warm.take()
         devbox = Devbox(
-            id=devbox_id or new_id("dbx"),
+            id=warm_id or position,
             account_id=account,
             name=body.name or None,
             status=Status.PROVISIONING,
@@ -157,6 +157,7 @@ class Devboxes:
             swept=False,
             snapshot_id=body.snapshot_id or None,
             image=image,
+            position=position,
         )
 
         def insert(connection: Connection) -> None:
@@ -166,8 +167,8 @@ class Devboxes:
         try:
             await self._store.write(insert)
         except BaseException:
-            if devbox_id is not None:
-                self._tasks.start(self._engine.destroy(devbox_id), f"remove {devbox_id}")
+            if warm_id is not None:
+                self._tasks.start(self._engine.destroy(warm_id), f"remove {warm_id}")
             raise
         self.created += 1
         self._lives[devbox.id] = Life(devbox)

@@ -59,7 +59,7 @@ class Snapshots:
         devbox = life.devbox
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
-                503, f"cannot take a snapshot: {short}; delete snapshots or devboxes, or add room", retry=False
+                503, f"cannot take a snapshot: {short}; delete snapshots or devboxes, or add room", retry=True
             )
         snapshot = Snapshot(
             new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None, None,

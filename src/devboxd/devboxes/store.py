@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, bindparam, func, insert, select, text, tuple_, update
+from sqlalchemy import Connection, bindparam, func, insert, select, text, update
 
 from devboxd.devboxes.states import Status
 from devboxd.devboxes.views import DevboxView, LaunchParameters, StateTransition
-from devboxd.ids import time_of
 from devboxd.store.schema import devboxes as table
 
 
@@ -38,6 +37,7 @@ class Devbox(msgspec.Struct, frozen=True):
     image: str | None = None
     boots: int = 0
     idle_since_ms: int | None = None
+    position: str = ""
 
     def view(self) -> DevboxView:
         """What clients see."""
@@ -70,8 +70,6 @@ _UNFREED = text("NOT disk_freed")
 _UNSWEPT = text("NOT swept AND disk_freed")
 _LIVE = select(table).where(_UNFREED).order_by(table.c.id)
 _INSERT = insert(table)
-_BY_TIME = tuple_(table.c.create_time_ms, table.c.id)
-"""The order of pages: an id may have been made some time before its devbox."""
 
 
 def _record(row: Any) -> Devbox:
@@ -130,16 +128,15 @@ def page(
         condition &= table.c.status == status
     total = connection.scalar(select(func.count()).select_from(table).where(condition)) if count else None
     if starting_after is not None:
-        condition &= tuple_(_made_at(connection, starting_after), starting_after) > _BY_TIME
-    order = (table.c.create_time_ms.desc(), table.c.id.desc())
-    rows = connection.execute(select(table).where(condition).order_by(*order).limit(limit + 1)).all()
+        condition &= table.c.position < _position(connection, starting_after)
+    rows = connection.execute(select(table).where(condition).order_by(table.c.position.desc()).limit(limit + 1)).all()
     return [_record(row) for row in rows[:limit]], len(rows) > limit, total
 
 
-def _made_at(connection: Connection, devbox_id: str) -> int:
-    """When a devbox was made; of an unknown one what its id says."""
-    found = connection.scalar(select(table.c.create_time_ms).where(table.c.id == devbox_id))
-    return time_of(devbox_id) if found is None else found
+def _position(connection: Connection, devbox_id: str) -> str:
+    """The place of a devbox in pages; of an unknown one that of its id."""
+    found: str | None = connection.scalar(select(table.c.position).where(table.c.id == devbox_id))
+    return devbox_id if found is None else found
 
 
 def mark_swept(connection: Connection, devbox_id: str) -> None:

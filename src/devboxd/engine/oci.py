@@ -45,6 +45,8 @@ _log = structlog.get_logger(__name__)
 
 _START_SECONDS = 60
 _TEND_S = 1.0
+_MOUNTING = 16 << 20
+"""Room on a disk while it is mounted: an overlay that cannot make its working folder stays read-only."""
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
 echo 0 >/proc/self/oom_score_adj
@@ -308,7 +310,7 @@ class OciEngine:
         disk = self._disks.path(spec.box_id)
         if not disk.exists():
             self._disks.create(spec.box_id, slot.index, files, spec.snapshot_id)
-        self._disks.limit(spec.box_id, spec.resources.disk_bytes)
+        self._disks.limit(spec.box_id, spec.resources.disk_bytes + _MOUNTING)
         self._cgroups.create(spec.box_id, spec.resources)
         (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
         with _listen(folder) as listener:
@@ -316,6 +318,7 @@ class OciEngine:
             rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
             self._lend_agent()
             self._start(spec.box_id, listener)
+        self._disks.limit(spec.box_id, spec.resources.disk_bytes)
         pid = int((folder / "pid").read_text())
         started = linux.start_time(pid)
         if started is None:

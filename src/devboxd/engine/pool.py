@@ -89,9 +89,8 @@ class Pool:
         kept = reserve(usage.total)
         if usage.free >= kept:
             return None
-        return (
-            f"the disk of {self._state} has {usage.free >> 20} MiB left, and {kept >> 20} MiB are kept for the server"
-        )
+        left, kept_mib = usage.free >> 20, kept >> 20
+        return f"the disk of {self._state} is full: it has {left} MiB left, and {kept_mib} MiB are kept for the server"
 
     def grow(self, most: int | None = None) -> bool:
         """Make the file larger when little of the pool is free, as far as the disk below allows; whether it did.

@@ -86,12 +86,14 @@ devboxes = Table(
     Column("image", Text),
     Column("boots", Integer, nullable=False, server_default="0"),
     Column("idle_since_ms", BigInteger),
-    Index("devboxes_by_account", "account_id", "create_time_ms", "id"),
+    Column("position", String(64)),
+    Index("devboxes_by_account", "account_id", "position"),
     Index("devboxes_by_status", "status"),
     _partial("devboxes_unfreed", ["id"], "NOT disk_freed"),
     _partial("devboxes_unswept", ["id", "end_time_ms"], "NOT swept AND disk_freed"),
 )
 """`prepared`: files and launch commands are done. `swept`: executions and journals were removed after retention.
+`position`: an id of the moment of the create, by which pages are sorted; the id itself may be older.
 `boots`: how often it was resumed. `image`: the name of what it starts from, once it has."""
 
 snapshots = Table(

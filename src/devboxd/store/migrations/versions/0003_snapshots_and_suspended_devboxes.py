@@ -12,16 +12,18 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Pages of devboxes follow the time of the create from now on: an id may have been made before."""
+    """Pages of devboxes follow their creates from now on: an id may have been made before."""
     for column in (
         sa.Column("snapshot_id", sa.String(64)),
         sa.Column("image", sa.Text),
         sa.Column("boots", sa.Integer, nullable=False, server_default="0"),
         sa.Column("idle_since_ms", sa.BigInteger),
+        sa.Column("position", sa.String(64)),
     ):
         op.add_column("devboxes", column)
+    op.execute("UPDATE devboxes SET position = id")
     op.drop_index("devboxes_by_account", "devboxes")
-    op.create_index("devboxes_by_account", "devboxes", ["account_id", "create_time_ms", "id"])
+    op.create_index("devboxes_by_account", "devboxes", ["account_id", "position"])
     op.create_table(
         "snapshots",
         sa.Column("id", sa.String(64), primary_key=True),

@@ -1,0 +1,38 @@
+"""The size of a devbox bounds its disk, and a full one troubles nobody else."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.api import Api
+from support.server import Server
+
+pytestmark = pytest.mark.box
+SMALLEST = {
+    "resource_size_request": "CUSTOM_SIZE",
+    "custom_cpu_cores": 0.5,
+    "custom_gb_memory": 1,
+    "custom_disk_size": 2,
+}
+FILL = "fallocate -l 1900M /tmp/large; dd if=/dev/zero of=/tmp/more bs=1M count=400 2>&1; sync"
+
+
+def test_a_full_disk_ends_writing_and_nothing_else(api: Api, server: Server) -> None:
+    if not (server.state / "pool.btrfs").exists():
+        pytest.skip("this machine has no btrfs, and plain folders have no limit")
+    box, neighbour = api.create(launch_parameters=SMALLEST), api.create()
+    api.write(box, "/tmp/before", "kept")
+    assert "quota exceeded" in api.run(box, FILL, seconds=120)["stdout"]
+    assert api.output(box, "echo runs; cat /tmp/before") == "runs\nkept"
+    assert api.read(box, "/tmp/before") == "kept"
+    assert api.output(neighbour, "head -c 1000000 /dev/zero >/tmp/f && stat -c %s /tmp/f") == "1000000\n"
+    api.call("POST", f"/v1/devboxes/{box}/suspend")
+    api.wait_box(box, "suspended")
+    api.call("POST", f"/v1/devboxes/{box}/resume")
+    api.wait_box(box, "running")
+    snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")
+    assert snapshot["size_bytes"] > 1 << 30
+    assert api.output(box, "rm /tmp/large /tmp/more && echo again >/tmp/after && cat /tmp/after") == "again\n"
+    api.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot['id']}/delete")
+    for one in (box, neighbour):
+        api.shutdown(one)
