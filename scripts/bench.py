@@ -284,7 +284,7 @@ def main(names: list[str]) -> int:
         print(f"cannot measure {', '.join(unknown)}: there is only {', '.join(FIGURES)}, path", file=sys.stderr)
         return 2
     rows = []
-    server = Server(pool_size="8").start()
+    server = Server(pool_size="8", warm_boxes="2").start()
     try:
         bench = Bench(server)
         print(HEAD, flush=True)
