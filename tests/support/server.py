@@ -137,6 +137,10 @@ class Server:
         assert claim is not None, "the server has no claim"
         return claim / "boxes"
 
+    def cgroups(self, box: str) -> list[Path]:
+        """All files of the cgroups of a box."""
+        return list(CGROUPS.glob(f"**/boxes/{box}/*"))
+
     def tail(self) -> str:
         """The last lines that the server wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:]) if self.log.exists() else ""

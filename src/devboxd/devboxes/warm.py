@@ -19,6 +19,7 @@ from devboxd.ids import new_id
 
 _log = structlog.get_logger()
 _AGAIN_S = 10.0
+_REST_S = 0.05
 
 
 class Warm:
@@ -44,11 +45,13 @@ class Warm:
     async def fill(self) -> None:
         """Keep the number up, without end."""
         while True:
-            self._wanted.clear()
             while len(self._ready) < self._size and self._engine.short_of() is None:
                 if not await self._make():
                     await asyncio.sleep(_AGAIN_S)
             await self._wanted.wait()
+            # Not a wait for something: who took a box has the processors for itself meanwhile.
+            await asyncio.sleep(_REST_S)
+            self._wanted.clear()
 
     async def close(self) -> None:
         """End those that wait."""
