@@ -77,7 +77,7 @@ def test_a_thousand_streams_and_a_thousand_waits_at_once(busy: Server) -> None:
             before, memory = busy.descriptors(), busy.memory()
             asyncio.run(_crowd(busy, api, box))
             until(lambda: busy.descriptors() <= before + 1, "descriptors come back")
-            assert busy.memory() - memory < 32 * MIB
+            assert busy.memory() - memory < 16 * MIB
             api.shutdown(box)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -200,7 +200,7 @@ def test_what_clients_held_that_vanish_comes_back(busy: Server) -> None:
         _vanish(busy, box, execution, GONE)
         until(lambda: _settled(api), "boxes that nobody waits for any more are made, and shut down", 120)
         until(lambda: busy.descriptors() <= before + 1, "descriptors come back")
-        assert busy.memory() - memory < 32 * MIB
+        assert busy.memory() - memory < 16 * MIB
         assert api.output(box, "ls -A | grep -c devboxd- || true") == "0\n", "no half of an upload stays"
         assert api.streamed(box, api.start(box, "echo fine")) == "fine\n"
 
