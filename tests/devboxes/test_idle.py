@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from devboxd.devboxes.idle import CPU_SHARE, Idle, Signs
+from devboxd.store.db import FILE_NAME
 from support.api import Api
 from support.reader import Reader
 from support.server import Server
@@ -95,6 +100,29 @@ def test_an_open_stream_and_processes_at_work_keep_it_awake(api: Api, server: Se
     Reader(server, box, worked).until(lambda reader: reader.text == "over\n")
     assert api.box(box)["status"] == "running"
     assert api.wait_box(box, "shutdown")["shutdown_reason"] == "idle"
+
+
+@pytest.mark.box
+def test_the_time_begins_anew_with_each_start(api: Api, server: Server) -> None:
+    policy = {"idle_time_seconds": 60, "on_idle": "shutdown"}
+    box = api.create(launch_parameters={"after_idle": policy})
+    deadline = time.monotonic() + 30
+    while not any(box in line and "devbox idle" in line for line in server.log.read_text().splitlines()):
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.02)
+    assert idle_since(server, box) is not None
+    api.call("POST", f"/v1/devboxes/{box}/suspend")
+    api.wait_box(box, "suspended")
+    assert idle_since(server, box) is None, "a resume would find the time over"
+    api.shutdown(box)
+
+
+def idle_since(server: Server, box: str) -> int | None:
+    """What a server that starts now would go on from."""
+    with contextlib.closing(sqlite3.connect(server.state / FILE_NAME)) as store:
+        (since,) = store.execute("SELECT idle_since_ms FROM devboxes WHERE id = ?", [box]).fetchone()
+    found: int | None = since
+    return found
 
 
 @pytest.mark.box

@@ -86,6 +86,7 @@ class Changes:
                 values["status"] = move.status
                 values["transitions"] = [*devbox.transitions, StateTransition(move.status, now, text)]
                 values["prepared"] = devbox.prepared or move.status == Status.RUNNING
+                values["idle_since_ms"] = None
                 if move.status in TERMINAL:
                     values["end_time_ms"] = now
                     values["shutdown_reason"] = move.shutdown_reason

@@ -26,7 +26,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     status: str
     error: str | None
     size_bytes: int | None
-    manifest: str | None
     create_time_ms: int
 
 

@@ -62,7 +62,7 @@ class Snapshots:
                 503, f"cannot take a snapshot: {short}; delete snapshots or devboxes, or add room", retry=True
             )
         snapshot = Snapshot(
-            new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None, None,
+            new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None,
             now_ms(),
         )  # fmt: skip
 
@@ -143,10 +143,13 @@ class Snapshots:
     async def _work(self, life: Life, snapshot: Snapshot) -> None:
         error = None
         try:
-            await self._engine.snapshot(snapshot.devbox_id, snapshot.id)
-        except EngineError as failed:
-            error = str(failed)
-        try:
+            try:
+                await self._engine.snapshot(snapshot.devbox_id, snapshot.id)
+            except EngineError as failed:
+                error = str(failed)
+            except Exception as fault:
+                _log.error("a snapshot failed", id=snapshot.id, exc_info=fault)
+                error = f"a fault of the server: {fault}"
             await self._finish(snapshot, error)
         finally:
             life.snapshots.discard(snapshot.id)

@@ -96,7 +96,7 @@ class Supervisor:
         ended = asyncio.ensure_future(self._until_left(life))
         idle = asyncio.ensure_future(self._until_idle(life))
         try:
-            await asyncio.wait({work, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, ended, idle}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (work, ended, idle):
                 task.cancel()
@@ -118,9 +118,13 @@ class Supervisor:
     # -- idle ----------------------------------------------------------------------------------------------------
 
     async def _until_idle(self, life: Life) -> None:
-        """Look at the devbox now and then; when it has been idle for as long as its policy says, act on that."""
+        """Look at the devbox now and then; when it has been idle for as long as its policy says, act on that.
+
+        Without a policy it is never due.
+        """
         policy = idle_policy(life.devbox.launch_parameters)
         if policy is None:
+            await asyncio.Event().wait()
             return
         idle = Idle(life.devbox.idle_since_ms)
         looked, used = time.monotonic(), self._engine.cpu_seconds(life.devbox.id)
@@ -140,7 +144,7 @@ class Supervisor:
             if idle.since_ms is not None and idle.left_s(now_ms(), policy.idle_time_seconds) <= 0:
                 suspend = policy.on_idle == "suspend"
                 event = Event.IDLE_TO_SUSPEND if suspend else Event.IDLE_TO_SHUTDOWN
-                await self._changes.happen(life, event, idle_since_ms=None)
+                await self._changes.happen(life, event)
 
     def _signs(self, life: Life, cpu_share: float) -> Signs:
         box = self._executions.box(life.devbox.id)

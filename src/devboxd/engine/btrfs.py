@@ -89,12 +89,6 @@ def is_subvolume(path: Path) -> bool:
         return False
 
 
-def file_system_id(root: Path) -> str:
-    """The id by which /sys/fs/btrfs knows the file system. Raises OSError."""
-    with _opened(root) as descriptor:
-        return _groups(descriptor).parent.name
-
-
 def _arguments(name: str, source: int = 0, flags: int = 0) -> bytearray:
     return bytearray(_ARGS.pack(source, 0, flags, b"", os.fsencode(name)))
 

@@ -92,19 +92,17 @@ class Pool:
         left, kept_mib = usage.free >> 20, kept >> 20
         return f"the disk of {self._state} is full: it has {left} MiB left, and {kept_mib} MiB are kept for the server"
 
-    def grow(self, most: int | None = None) -> bool:
+    def grow(self) -> bool:
         """Make the file larger when little of the pool is free, as far as the disk below allows; whether it did.
 
-        `most` names the new size in bytes instead. Raises OSError.
+        Raises OSError.
         """
-        if self.kind != "file":
+        if self.kind != "file" or shutil.disk_usage(self.folder).free >= _MARGIN:
             return False
-        pool, host = shutil.disk_usage(self.folder), shutil.disk_usage(self._state)
-        taken = self.file.stat().st_blocks * 512
-        possible = taken + host.free - reserve(host.total)
-        size = self.file.stat().st_size
-        wanted = most if most is not None else (min(2 * size, possible) if pool.free < _MARGIN else size)
-        if wanted <= size or (most is None and wanted - size < _LEAST):
+        host, status = shutil.disk_usage(self._state), self.file.stat()
+        size = status.st_size
+        wanted = min(2 * size, status.st_blocks * 512 + host.free - reserve(host.total))
+        if wanted - size < _LEAST:
             return False
         os.truncate(self.file, wanted)
         with _device_of(self.file) as device:

@@ -109,13 +109,12 @@ snapshots = Table(
     Column("status", String(16), nullable=False),
     Column("error", Text),
     Column("size_bytes", BigInteger),
-    Column("manifest", String(64)),
     Column("create_time_ms", BigInteger, nullable=False),
     Index("snapshots_by_account", "account_id", "id"),
     Index("snapshots_by_box", "devbox_id", "id"),
     _partial("snapshots_in_progress", ["id"], "status = 'in_progress'"),
 )
-"""Rows stay when a snapshot is deleted: its status is `deleted` then. `manifest`: a hash over all that it holds."""
+"""Rows stay when a snapshot is deleted: its status is `deleted` then."""
 
 executions = Table(
     "executions",

@@ -36,7 +36,6 @@ def upgrade() -> None:
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("error", sa.Text),
         sa.Column("size_bytes", sa.BigInteger),
-        sa.Column("manifest", sa.String(64)),
         sa.Column("create_time_ms", sa.BigInteger, nullable=False),
     )
     op.create_index("snapshots_by_account", "snapshots", ["account_id", "id"])

@@ -1,0 +1,65 @@
+"""The pool of disks in a file: it grows before it is full, is found again, and is never attached twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devboxd.engine import pool
+from devboxd.engine.disks import Disks
+
+pytestmark = pytest.mark.box
+GIB = 1 << 30
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder whose pool begins with a gigabyte, and grows at once."""
+    monkeypatch.setattr(pool, "_FIRST", GIB)
+    one = pool.Pool(tmp_path)
+    one.open()
+    if one.kind != "file":
+        one.close()
+        pytest.skip("this machine has no loop devices, no btrfs, or the folder is on btrfs itself")
+    yield tmp_path
+    one.close()
+
+
+def test_it_grows_while_it_is_in_use_and_keeps_what_it_holds(state: Path) -> None:
+    found = pool.Pool(state)
+    found.open()
+    disks = Disks(found)
+    disk = disks.create("dbx_1", 7, {"etc/hostname": "one"}, None)
+    with (disk / "upper" / "open").open("w+") as file:
+        file.write("before")
+        assert found.grow()
+        file.write(" and after")
+    assert found.file.stat().st_size == 2 * GIB
+    assert shutil.disk_usage(found.folder).total == 2 * GIB
+    assert (disk / "upper" / "open").read_text() == "before and after"
+    assert disks.slot("dbx_1") == 7
+
+
+def test_it_is_found_again_with_its_one_device(state: Path) -> None:
+    found = pool.Pool(state)
+    found.open()
+    disks = Disks(found)
+    disks.create("dbx_1", 0, {}, None)
+    disks.snapshot("dbx_1", "snp_1")
+    assert len(list(pool._devices(found.file))) == 1
+    found.close()
+    again = pool.Pool(state)
+    again.open()
+    assert len(list(pool._devices(found.file))) == 1
+    assert (Disks(again).boxes(), Disks(again).snapshots()) == ({"dbx_1"}, {"snp_1"})
+
+
+def test_it_does_not_grow_into_what_is_kept_for_the_server(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pool.Pool(state)
+    found.open()
+    monkeypatch.setattr(pool, "reserve", lambda total: total)
+    assert not found.grow()
+    assert "full" in (found.short_of() or "")
