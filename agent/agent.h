@@ -198,6 +198,7 @@ void handle_end(const struct request *q);
 bool listed(const struct targets *t, int32_t id);
 void targets_add(struct targets *t, int32_t id);
 void end_later(struct slot *s, uint32_t grace_ms);
+bool group_ending(const struct slot *s);
 void end_continue(struct slot *s);
 void children_reap(void);
 extern bool reap_again;

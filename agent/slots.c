@@ -150,7 +150,7 @@ bool slot_flush(struct slot *s) {
 /* To be called after every change: finds the end, sends what is owed, drops the slot when nothing is left. */
 void slot_settle(struct slot *s) {
     if (s->dead) return;
-    if (s->state == ENDING && !s->out[0].ending && !s->out[1].ending) {
+    if (s->state == ENDING && !s->out[0].ending && !s->out[1].ending && !group_ending(s)) {
         s->state = ENDED;
         s->exit_due = true;
     }

@@ -337,6 +337,11 @@ void end_later(struct slot *s, uint32_t grace_ms) {
     retry_later();
 }
 
+/* Whether END has still to reach somebody of its group: a leader's EXIT waits for those that it takes along. */
+bool group_ending(const struct slot *s) {
+    return s->kill_at && listed(&s->ending, -s->group) && kill(-s->group, 0) == 0;
+}
+
 /* Each RETRY_MS, also without a server. Who is gone is forgotten: another may get that number later. */
 void end_continue(struct slot *s) {
     bool due = now_ms() >= s->kill_at;
@@ -349,6 +354,7 @@ void end_continue(struct slot *s) {
         s->kill_at = t->count = 0;
         slot_settle(s);
     } else {
+        slot_settle(s);
         retry_later();
     }
 }
@@ -393,12 +399,9 @@ static void process_ended(pid_t pid, int status) {
 
 /* A bounded number at once: a box that makes orphans by the thousand does not keep the server waiting. */
 void children_reap(void) {
-    reap_again = false;
-    for (int i = 0; i < REAPS_A_TURN; i++) {
-        int status;
-        pid_t pid = waitpid(-1, &status, WNOHANG);
-        if (pid <= 0) return;
-        process_ended(pid, status);
-    }
-    reap_again = true;
+    int status, count = 0;
+    for (pid_t pid; count < REAPS_A_TURN && (pid = waitpid(-1, &status, WNOHANG)) > 0; count++) process_ended(pid, status);
+    reap_again = count == REAPS_A_TURN;
+    for (int i = 0; count && i < slots_end; i++)
+        if (slots[i] && slots[i]->kill_at) slot_settle(slots[i]);
 }

@@ -119,6 +119,39 @@ print(len(run("ip", "route", "list", "dev", "lo").splitlines()), run("ip", "rule
     assert (done.stdout, done.stderr) == ("1 1\n", ""), "nine servers were killed, and only the last one left a trace"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+def test_addresses_in_use_are_left_alone_and_those_that_lead_nowhere_are_not(
+    tmp_path: Path, run: Path, etc: Path
+) -> None:
+    script = """
+import os, sys
+from pathlib import Path
+from devboxd.engine import instance
+from devboxd.engine.nettools import ip
+instance._NAMES = tuple(f"{letter}{os.getpid() % 1000:03}" for letter in "ab")
+folder, at, etc = map(Path, sys.argv[1:])
+ip("link set lo up", "link add used type veth peer name peer", "link set used up")
+def free(name):
+    one = instance.claim(folder / name, at, etc)
+    one.close()
+    return one.subnet
+for network in instance._NETWORKS:
+    ip(f"route add {network[0]}/22 dev lo")
+first = free("two")
+for network in instance._NETWORKS:
+    ip(f"route replace {network[0]}/22 dev used")
+second = free("three")
+for network in instance._NETWORKS:
+    ip(f"route add {network} dev used")
+print(first, second, flush=True)
+free("four")
+"""
+    command = ("unshare", "--net", sys.executable, "-c", script, tmp_path, run, etc)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "198.18.0.0/22 198.18.4.0/22\n", done.stderr
+    assert "cannot find free addresses for boxes: this host has routes into all of 198.18.0.0/16" in done.stderr
+
+
 @pytest.mark.usefixtures("names")
 def test_claim_without_state_folder_is_kept_while_a_box_lives(tmp_path: Path, run: Path, etc: Path) -> None:
     first = claim_with_box(tmp_path / "one", run, etc)

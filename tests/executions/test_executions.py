@@ -257,12 +257,12 @@ def test_kill_ends_the_process_and_leaves_its_children(api: Api, box: str) -> No
 
 
 def test_kill_of_the_group_ends_the_children_too(api: Api, box: str) -> None:
-    execution = api.start(box, "sleep 62 & echo $!; wait; echo no")
+    execution = api.start(box, "(trap 'sleep 0.2; exit' TERM; while :; do sleep 0.05; done) & echo $$; wait; echo no")
     with api.stream(box, execution) as events:
-        child = next(events).output.strip()
+        group = next(events).output.strip()
     view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill", {"kill_process_group": True})
     assert view["exit_status"] == 143
-    assert api.run(box, f"kill -0 {child}")["exit_status"] == 1
+    assert api.run(box, f"kill -0 -- -{group}")["exit_status"] == 1, "somebody of the group was still there"
 
 
 @pytest.mark.parametrize("output", ["", ">/dev/null 2>&1"])

@@ -37,6 +37,9 @@ def remove_all(state: Path) -> None:
             subprocess.run(["ip", "link", "delete", name], check=False)  # it may go with its namespace meanwhile
         if kind == "table":
             subprocess.run(["nft", "delete", *name.split()], check=True)
+    subnet = json.loads((claim / "claim").read_text())["subnet"]
+    for words in (f"route delete {subnet} dev lo", f"rule delete to {subnet}"):
+        subprocess.run(["ip", *words.split()], check=True)
     for group in sorted(CGROUPS.glob(f"**/devboxd-{claim.name}/**/"), reverse=True):
         while group.exists():  # the kernel lets go of the dead a moment later
             with contextlib.suppress(OSError):

@@ -189,16 +189,24 @@ def _choose(run: Path, etc: Path) -> tuple[int, ipaddress.IPv4Network]:
         if (run / name).exists() and _abandoned(run / name):
             _unroute(_read_claim(run / name).get("subnet"))
             shutil.rmtree(run / name)
-    taken = _foreign_ids(etc)
-    for number, name in enumerate(_NAMES):
-        first = _first_uid(number)
-        if (run / name).exists() or any(low < first + _UIDS and first < high for low, high in taken):
-            continue
-        return number, _free_subnet(number)
+    free = _free_numbers(run, etc)
+    for number in free:
+        if subnet := _free_subnet(number):
+            return number, subnet
+    if free:
+        known = ", ".join(map(str, _NETWORKS))
+        raise SetupError(f"cannot find free addresses for boxes: this host has routes into all of {known}; remove one")
     raise SetupError(
         f"cannot find a free range of user ids for boxes: all {len(_NAMES)} from {_UID_START} are claimed in "
         f"{run} or used in {etc}/subuid, subgid, passwd or group; stop servers that are not needed"
     )
+
+
+def _free_numbers(run: Path, etc: Path) -> list[int]:
+    """The claims that nobody has, and whose range of ids nobody uses."""
+    starts = [(number, _first_uid(number)) for number, name in enumerate(_NAMES) if not (run / name).exists()]
+    taken = _foreign_ids(etc)
+    return [number for number, first in starts if not any(low < first + _UIDS and first < high for low, high in taken)]
 
 
 def _abandoned(directory: Path) -> bool:
@@ -244,22 +252,23 @@ def _foreign_ids(etc: Path) -> list[tuple[int, int]]:
     return ranges
 
 
-def _free_subnet(number: int) -> ipaddress.IPv4Network:
+def _free_subnet(number: int) -> ipaddress.IPv4Network | None:
     """A block of addresses that no route of the host overlaps (host routes are those of boxes)."""
     routes = [route for route in _routes() if 0 < route.prefixlen < 32]
     for network in _NETWORKS:
         block = ipaddress.IPv4Network((int(network[0]) + number * SLOTS, 32 - SLOTS.bit_length() + 1))
         if not any(block.overlaps(route) for route in routes):
             return block
-    known = ", ".join(map(str, _NETWORKS))
-    raise SetupError(f"cannot find free addresses for boxes: this host has routes into all of {known}; remove one")
+    return None
 
 
 def _routes() -> Iterator[ipaddress.IPv4Network]:
+    """The networks that this host reaches. A route to its own loopback leads nowhere: a killed server may leave one."""
     for line in Path("/proc/net/route").read_text().splitlines()[1:]:
         columns = line.split()
-        address, mask = (int.from_bytes(bytes.fromhex(columns[n]), "little") for n in (1, 7))
-        yield ipaddress.IPv4Network((address & mask, mask.bit_count()))
+        if columns[0] != "lo":
+            address, mask = (int.from_bytes(bytes.fromhex(columns[n]), "little") for n in (1, 7))
+            yield ipaddress.IPv4Network((address & mask, mask.bit_count()))
 
 
 def _register(run: Path, etc: Path) -> None:
