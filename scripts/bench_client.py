@@ -45,7 +45,11 @@ class Line:
 
     def call(self, method: str, path: str, body: Any = None) -> bytes:
         """Send a request and return the body of its answer, which must be 200."""
-        self._socket.sendall(request(self._port, self._key, method, path, body))
+        return self.exchange(request(self._port, self._key, method, path, body))
+
+    def exchange(self, data: bytes) -> bytes:
+        """The same for the bytes of a request."""
+        self._socket.sendall(data)
         length = self._head()
         parts, have = [self._left], len(self._left)
         while have < length:

@@ -268,7 +268,7 @@ async def test_an_upload_whose_client_left_frees_the_id(web: Web) -> None:
 async def test_a_second_upload_waits_for_the_first_and_takes_over_when_it_breaks(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("devboxd.http.operation._STALL_SECONDS", 0.2)
+    monkeypatch.setattr("devboxd.http.body.STALL_SECONDS", 0.2)
     client = await web.client()
     begun = asyncio.Event()
 

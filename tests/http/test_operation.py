@@ -224,7 +224,7 @@ async def test_a_stream_is_passed_on(web: Web) -> None:
 
 
 async def test_a_body_that_stands_still_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devboxd.http.operation._STALL_SECONDS", 0.05)
+    monkeypatch.setattr("devboxd.http.body.STALL_SECONDS", 0.05)
     client = await web.client()
 
     async def endless() -> Any:
@@ -236,7 +236,7 @@ async def test_a_body_that_stands_still_is_given_up(web: Web, monkeypatch: pytes
 
 
 async def test_an_upload_that_stands_still_is_given_up(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("devboxd.http.operation._STALL_SECONDS", 0.05)
+    monkeypatch.setattr("devboxd.http.body.STALL_SECONDS", 0.05)
     client = await web.client()
 
     async def endless() -> Any:

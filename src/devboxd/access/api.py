@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 from urllib.parse import quote
 
@@ -21,6 +22,8 @@ from devboxd.http.streams import Lasting, Places
 TEXT_LIMIT = 100_000_000
 """Most bytes that read_file_contents gives and write_file_contents takes; larger files have their own operations."""
 
+_PIECE = 200 << 10
+"""Characters: what is larger than 256 KiB is taken from the kernel and given back each time."""
 _INERT = {"content-security-policy": "sandbox"}
 
 
@@ -71,11 +74,11 @@ async def write_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
 ) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
     """Create or replace a file with this text; missing parent directories are made."""
-    content = body.contents.encode()
-    if len(content) > TEXT_LIMIT:
-        raise ApiError(413, f"cannot write {len(content)} bytes as text: at most 100 MB; use upload_file", retry=False)
+    size = sum(map(len, _encoded(body.contents)))
+    if size > TEXT_LIMIT:
+        raise ApiError(413, f"cannot write {size} bytes as text: at most 100 MB; use upload_file", retry=False)
     box = await _box(devboxes, boxes, call, devbox_id)
-    written = await files.put(box, body.file_path, content)
+    written = await files.put(box, body.file_path, _encoded(body.contents))
     view = ExecutionDetailView(devbox_id, "", "", 0)
     return _stored(msgspec.json.encode(view), written)
 
@@ -136,6 +139,12 @@ async def _sent(
 async def _box(devboxes: Devboxes, boxes: Boxes, call: Call, devbox_id: str) -> Box:
     await devboxes.usable(call.account, devbox_id)
     return await boxes.reached(devbox_id)
+
+
+def _encoded(text: str) -> Iterator[bytes]:
+    """In pieces, so that a large text is not in memory once more."""
+    for start in range(0, len(text), _PIECE):
+        yield text[start : start + _PIECE].encode()
 
 
 def _stored(answer: bytes, written: Written) -> Response:

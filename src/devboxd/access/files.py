@@ -10,7 +10,7 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,38 +103,47 @@ class Files:
             raise _explained(error, "read", path) from error
         return OpenFile(opened.fd, opened.pipe, path, box)
 
-    async def put(self, box: Box, path: str, content: bytes, user: str | None = None) -> Written:
-        """Write a whole file. Raises ApiError; the old content stays then."""
+    async def put(self, box: Box, path: str, content: Iterable[bytes], user: str | None = None) -> Written:
+        """Write a whole file that is at hand, in pieces. Raises ApiError; the old content stays then."""
 
-        async def chunks() -> AsyncIterator[bytes]:
-            yield content
+        async def pour(into: _Sink) -> None:
+            if into.pipe:
+                for piece in content:
+                    await into.take(piece)
+            else:
+                await finished(lambda: into.take_all(content))
 
-        return await self.receive(box, path, chunks(), user)
+        return await self._write(box, path, pour, user)
 
-    async def receive(self, box: Box, path: str, chunks: AsyncIterable[bytes], user: str | None = None) -> Written:
-        """Write a file from chunks, as the box's user or the one named, beside its target; rename when all is there.
+    async def receive(self, box: Box, path: str, chunks: AsyncIterable[bytes]) -> Written:
+        """Write a file from chunks, as the box's user, beside its target; rename when all is there.
 
         Whatever goes wrong before the rename, also an exception of `chunks`, leaves the old content. A file that the
         user may write, in a folder that it may not, is written itself: then what came so far stays. Raises ApiError.
         """
+
+        async def pour(into: _Sink) -> None:
+            async for chunk in chunks:
+                await into.take(chunk)
+
+        return await self._write(box, path, pour, None)
+
+    async def _write(self, box: Box, path: str, pour: Callable[[_Sink], Awaitable[None]], user: str | None) -> Written:
         _check(path)
         with box.using("file transfer"):
-            return await self._receive(box, path, chunks, user or box.user)
+            return await self._poured(box, path, pour, user or box.user)
 
-    async def _receive(self, box: Box, path: str, chunks: AsyncIterable[bytes], who: str) -> Written:
+    async def _poured(self, box: Box, path: str, pour: Callable[[_Sink], Awaitable[None]], who: str) -> Written:
         try:
             agent = box.agent  # it removes the temporary file when this connection ends
             target = await agent.write(who, path, _MODE)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "write", path) from error
-        digest, size = hashlib.sha256(), 0
+        sink = _Sink(target.fd, target.pipe)
         done = not target.temporary  # the file itself is written: there is nothing to rename
         try:
             try:
-                async for chunk in chunks:
-                    digest.update(chunk)
-                    size += len(chunk)
-                    await _write(target.fd, target.pipe, chunk)
+                await pour(sink)
             finally:
                 await finished(partial(os.close, target.fd))
             if not done:
@@ -145,7 +154,38 @@ class Files:
         finally:
             if not done:
                 await _unlink(agent, who, target.temporary)
-        return Written(size, digest.hexdigest())
+        return Written(sink.size, sink.digest.hexdigest())
+
+
+class _Sink:
+    """Where the content of a file goes: its descriptor, which may be a pipe, and the count and hash of what went."""
+
+    def __init__(self, descriptor: int, pipe: bool) -> None:
+        self.pipe = pipe
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._descriptor = descriptor
+
+    async def take(self, data: bytes) -> None:
+        if not self.pipe:
+            await finished(lambda: self.take_all((data,)))
+            return
+        self._count(data)
+        view = memoryview(data)
+        while view:
+            view = view[await _write_pipe(self._descriptor, view) :]
+
+    def take_all(self, pieces: Iterable[bytes]) -> None:
+        """Blocks, so it belongs into a thread."""
+        for piece in pieces:
+            self._count(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+
+    def _count(self, data: bytes) -> None:
+        self.digest.update(data)
+        self.size += len(data)
 
 
 async def _unlink(agent: AgentClient, user: str, path: bytes) -> None:
@@ -153,15 +193,6 @@ async def _unlink(agent: AgentClient, user: str, path: bytes) -> None:
         await asyncio.shield(agent.unlink(user, path))
     except (AgentError, AgentClosedError):
         return  # the agent removes it itself, or its box is gone with its disk
-
-
-async def _write(descriptor: int, pipe: bool, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        if pipe:
-            view = view[await _write_pipe(descriptor, view) :]
-        else:
-            view = view[await finished(partial(os.write, descriptor, view)) :]
 
 
 async def _read_pipe(descriptor: int, size: int) -> bytes:

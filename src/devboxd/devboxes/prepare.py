@@ -109,11 +109,11 @@ def handle_of(devbox: Devbox, name: str) -> str:
 async def _mount(files: Files, box: Box, path: str, content: bytes) -> None:
     """Write a file as the box's user, or as root where only root may."""
     try:
-        await files.put(box, path, content)
+        await files.put(box, path, (content,))
     except ApiError as error:
         if error.code != HTTPStatus.FORBIDDEN:
             raise
-        await files.put(box, path, content, user="root")
+        await files.put(box, path, (content,), user="root")
 
 
 async def _run(

@@ -16,6 +16,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 from devboxd.engine import figures, linux
@@ -206,6 +207,10 @@ class Version1(Cgroups):
 
     def tops(self) -> list[Path]:
         """One folder per controller; controllers mounted together share one."""
+        return self._tops
+
+    @cached_property
+    def _tops(self) -> list[Path]:
         found = [self.root / name for name in (*_CONTROLLERS, "cpuacct", "freezer") if (self.root / name).exists()]
         return [path / self.name for path in dict.fromkeys(path.resolve() for path in found)]
 

@@ -157,7 +157,7 @@ def _make_namespaces(first_uid: int) -> tuple[int, int]:
     """
     command = ("unshare", "--user", "--net", "cat")
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as helper:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, close_fds=False) as helper:
         assert helper.stdin is not None and helper.stdout is not None and helper.stderr is not None  # noqa: PT018
         with contextlib.suppress(BrokenPipeError):
             helper.stdin.write(b"x")

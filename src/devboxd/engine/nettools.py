@@ -26,7 +26,10 @@ def run(name: str, *arguments: str, text: str = "") -> str:
     program = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if program is None:
         raise EngineError(f"cannot set up the network: {name} is missing; install the package {_PACKAGES[name]}")
-    done = subprocess.run([program, *arguments], input=text, text=True, capture_output=True, check=False)
+    # All descriptors of the server close at an exec by themselves; to go through thousands of them first takes long.
+    done = subprocess.run(
+        [program, *arguments], input=text, text=True, capture_output=True, check=False, close_fds=False
+    )
     if done.returncode != 0:
         said = "; ".join(done.stderr.strip().splitlines()[:3])
         raise EngineError(f"cannot set up the network: {name} said: {said}; `devboxd doctor` shows what is missing")

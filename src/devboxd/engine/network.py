@@ -28,8 +28,8 @@ from devboxd.errors import SetupError
 GATEWAY = "169.254.1.1"
 DENIED = ("169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32")
 """Where the metadata services of clouds live; no box ever reaches them."""
-_GATEWAY_MAC = "ee:ee:ee:ee:ee:ee"
-_BOX_MAC = "02:00:00:00:00:02"
+_MAC = "02:00:00:00:00:02"
+"""Of both ends of a link: without ARP the host sends to its own end's address, which is then the box's."""
 _SYS = Path("/proc/sys/net")
 
 
@@ -173,9 +173,8 @@ def _forward_packets() -> None:
 
 def _connect(link: Link, netns: Path, routes: int) -> None:
     ip(
-        f"link add {link.interface} address {_GATEWAY_MAC} type veth peer name eth0 address {_BOX_MAC} netns {netns}",
+        f"link add {link.interface} address {_MAC} type veth peer name eth0 address {_MAC} netns {netns}",
         f"link set {link.interface} up arp off addrgenmode none",
-        f"neigh replace {link.address} lladdr {_BOX_MAC} dev {link.interface} nud permanent",
         f"route replace {link.address}/32 dev {link.interface} table {routes}",
     )
     _set(f"ipv4/conf/{link.interface}/route_localnet", "0")
@@ -198,7 +197,7 @@ def _configure(link: Link) -> None:
         f"addr add {link.address}/32 dev eth0",
         "link set eth0 up",
         f"route add {link.gateway}/32 dev eth0 scope link",
-        f"neigh replace {link.gateway} lladdr {_GATEWAY_MAC} dev eth0 nud permanent",
+        f"neigh replace {link.gateway} lladdr {_MAC} dev eth0 nud permanent",
         f"route add default via {link.gateway} src {link.address}",
     )
 
@@ -213,16 +212,22 @@ def _set(name: str, value: str) -> None:
 
 
 def _disconnect(interfaces: Iterable[str]) -> None:
-    present = {name for _, name in socket.if_nameindex()}
-    commands = [f"link delete {name}" for name in interfaces if name in present]
-    if not commands:
+    present = [name for name in interfaces if _is_there(name)]
+    if not present:
         return
     try:
-        ip(*commands, force=True)
+        ip(*(f"link delete {name}" for name in present), force=True)
     except EngineError:
         # A link also vanishes by itself when its namespace does; only one that is still there is an error.
-        if present & {name for _, name in socket.if_nameindex()} & {command.split()[-1] for command in commands}:
+        if any(map(_is_there, present)):
             raise
+
+
+def _is_there(interface: str) -> bool:
+    try:
+        return socket.if_nametoindex(interface) > 0
+    except OSError:
+        return False
 
 
 def networks(texts: Iterable[str]) -> list[ipaddress.IPv4Network]:

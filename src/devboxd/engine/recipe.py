@@ -93,6 +93,7 @@ rm -f /usr/lib/python3*/EXTERNALLY-MANAGED
 rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap
 echo 'debconf debconf/frontend select Noninteractive' | debconf-set-selections
 update-ca-certificates
+localedef --add-to-archive /usr/lib/locale/C.utf8 # one file to open at each start of a program, not a dozen
 rm -rf /etc/ssh/ssh_host_* /var/lib/apt/lists/* /var/cache/debconf/*-old /var/lib/dpkg/*-old /var/log/*.log /var/log/apt
 rm -f /etc/resolv.conf && : > /etc/resolv.conf
 : > /etc/machine-id

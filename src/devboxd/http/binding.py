@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from devboxd.errors import ApiError, bad_request
+from devboxd.http.body import Body
 
 _NAMES = re.compile(r"{(\w+)}")
 _FIELD = re.compile(r"`([^`]*)`")
@@ -86,7 +87,7 @@ class Binding:
         elif name not in self.path_names:
             self.query[name] = Parameter(name, kind, default)
 
-    def arguments(self, call: object, values: Sequence[str], query: bytes, body: bytes) -> dict[str, Any]:
+    def arguments(self, call: object, values: Sequence[str], query: bytes, body: Body) -> dict[str, Any]:
         """All arguments for one request. Raises ApiError 400 that names what does not fit."""
         arguments: dict[str, Any] = dict(self.fixed)
         arguments.update(zip(self.path_names, values, strict=True))
@@ -198,7 +199,7 @@ class BodyDecoder:
         self.optional = type(None) in parts
         self._decode = msgspec.json.Decoder(kind).decode
 
-    def decode(self, body: bytes) -> Any:
+    def decode(self, body: Body) -> Any:
         """The Struct; of an empty body None where that is allowed, else what `{}` gives. Raises ApiError 400."""
         if not body:
             if self.optional:
@@ -213,7 +214,7 @@ class BodyDecoder:
         except RecursionError:
             raise bad_request("cannot read the body: it is nested too deeply; send a flatter JSON object") from None
 
-    def _decode_kindly(self, body: bytes) -> Any:
+    def _decode_kindly(self, body: Body) -> Any:
         try:
             return self._decode(body)
         except msgspec.ValidationError:

@@ -8,7 +8,7 @@ import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import structlog
@@ -18,9 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from devboxd.config import Settings
 from devboxd.errors import ApiError, not_found, timed_out
+from devboxd.http import body as bodies
 from devboxd.http import docs_page, openapi
 from devboxd.http.answer import Answer, of_error, of_value
 from devboxd.http.binding import Binding, Operation, Route
+from devboxd.http.body import BIG_BYTES, Body
 from devboxd.http.guard import Guard, authenticate
 from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
 from devboxd.http.requests import Requests
@@ -28,10 +30,6 @@ from devboxd.store.db import Store
 
 __all__ = ["Application", "Call", "Route", "Unready", "build"]
 
-_STALL_SECONDS = 60.0
-"""A body that stands still for so long is given up."""
-_BIG_BYTES = 1 << 20
-"""Larger bodies are hashed in a thread."""
 _BODYLESS = ("GET", "HEAD", "OPTIONS")
 _log = structlog.get_logger()
 
@@ -155,7 +153,7 @@ class Application:
             scope["devboxd.account"] = account
         if route.once:
             return await self._once(operation, values, account, scope, receive)
-        body = b""
+        body: Body = b""
         if route.method not in _BODYLESS and not route.streamed:
             body = await _read_body(route, headers, receive)
             _check_type(operation, headers, body)
@@ -170,12 +168,12 @@ class Application:
         request_id = headers.get(b"x-request-id", b"")
         key = request_key(account, scope["method"], scope["path"], scope["query_string"], request_id)
         if route.streamed:
-            stream = StreamFingerprint(receive, _boundary(headers), _STALL_SECONDS)
+            stream = StreamFingerprint(receive, _boundary(headers), bodies.STALL_SECONDS)
             request = Request(scope, stream.receive)
             return await self._desk.answer(key, stream, _work(operation, values, account, request, [b""]))
         body = await _read_body(route, headers, receive)
         _check_type(operation, headers, body)
-        big = len(body) > _BIG_BYTES
+        big = len(body) > BIG_BYTES
         fingerprint = await asyncio.to_thread(hashlib.sha256, body) if big else hashlib.sha256(body)
         work = _work(operation, values, account, Request(scope, receive), [body])
         del body  # it is freed as soon as it is decoded
@@ -199,7 +197,7 @@ async def _sent_away(route: Route, unready: Unready) -> ApiError:
 
 
 def _work(
-    operation: Operation, values: Sequence[str], account: str, request: Request, body: list[bytes]
+    operation: Operation, values: Sequence[str], account: str, request: Request, body: list[Body]
 ) -> Callable[[Once], Awaitable[Answer]]:
     async def work(once: Once) -> Answer:
         return _whole(await _perform(operation, Call(account, request, once), values, body.pop()))
@@ -207,7 +205,7 @@ def _work(
     return work
 
 
-async def _perform(operation: Operation, call: Call, values: Sequence[str], body: bytes) -> Answer | Response:
+async def _perform(operation: Operation, call: Call, values: Sequence[str], body: Body) -> Answer | Response:
     """Call the handler; every error becomes an answer."""
     try:
         binding = operation.binding
@@ -240,40 +238,12 @@ def _whole(answer: Answer | Response) -> Answer:
     return Answer(answer.status_code, bytes(answer.body), headers)
 
 
-async def _read_body(route: Route, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+async def _read_body(route: Route, headers: dict[bytes, bytes], receive: Receive) -> Body:
     length = headers.get(b"content-length", b"")
-    if length.isdigit() and int(length) > route.body_limit:
-        raise _too_large(route.body_limit)
-    message = await _next(receive)
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        parts, size = [body], len(body)
-        while message.get("more_body"):
-            message = await _next(receive)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > route.body_limit:
-                raise _too_large(route.body_limit)
-        body = b"".join(parts)
-    if len(body) > route.body_limit:
-        raise _too_large(route.body_limit)
-    return body
+    return await bodies.read(receive, int(length) if length.isdigit() else None, route.body_limit)
 
 
-async def _next(receive: Receive) -> Any:
-    try:
-        async with asyncio.timeout(_STALL_SECONDS):
-            message = await receive()
-    except TimeoutError:
-        raise timed_out(
-            f"cannot wait longer for the body: nothing came for {_STALL_SECONDS:.0f} s; send it again"
-        ) from None
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return message
-
-
-def _check_type(operation: Operation, headers: dict[bytes, bytes], body: bytes) -> None:
+def _check_type(operation: Operation, headers: dict[bytes, bytes], body: Body) -> None:
     """A web page can send any other type without asking first, so it is refused even where the body is ignored."""
     if body and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "cannot read the body: its type is unknown; send it with `Content-Type: application/json`")
@@ -283,10 +253,6 @@ def _boundary(headers: dict[bytes, bytes]) -> bytes:
     request = Request({"type": "http", "headers": [(b"content-type", headers.get(b"content-type", b""))]})
     _, _, rest = request.headers["content-type"].partition("boundary=")
     return rest.split(";")[0].strip().strip('"').encode("latin-1")
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"cannot take a body of more than {limit >> 20} MiB here; send less, or upload it as a file")
 
 
 def _shown(path: str) -> str:
