@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -24,7 +25,8 @@ from support.server import Server
 COMMANDS = (
     (), ("serve",), ("doctor",), ("image",), ("image", "build"), ("systemd-unit",), ("keys",), ("keys", "create"),
     ("keys", "list"), ("keys", "revoke"), ("boxes",), ("boxes", "list"), ("boxes", "exec"), ("boxes", "logs"),
-    ("boxes", "shutdown"),
+    ("boxes", "shutdown"), ("snapshot",), ("snapshot", "list"), ("snapshot", "verify"), ("storage",),
+    ("storage", "status"), ("storage", "grow"), ("storage", "check"),
 )  # fmt: skip
 NO_KEY = {"DEVBOXD_KEY": "", "RUNLOOP_API_KEY": "", "DEVBOXD_URL": "", "RUNLOOP_BASE_URL": ""}
 
@@ -144,6 +146,15 @@ def test_keys_are_made_listed_and_revoked_beside_a_running_server(state: Path) -
     assert listed[1].split("\t")[1] == "[b]two\N{REPLACEMENT CHARACTER}"
     assert "ak_" not in "".join(listed)
     running.close()
+
+
+def test_a_key_of_an_old_store_is_alone_on_standard_output(state: Path) -> None:
+    state.mkdir()
+    with contextlib.closing(sqlite3.connect(state / "devboxd.db")) as old:
+        old.executescript((Path(__file__).parent / "store" / "store-0001.sql").read_text())
+    done = devboxd("keys", "create", "--state", str(state))
+    assert re.fullmatch(r"ak_[\w-]+\n", done.stdout)
+    assert "store.migrating" in done.stderr
 
 
 def test_revoking_an_unknown_key_is_refused(state: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -94,6 +95,22 @@ def netns() -> Iterator[Path]:
     subprocess.run(["ip", "netns", "add", name], check=True)
     yield Path("/run/netns") / name
     subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@needs_root
+def test_plain_folders_are_told_with_what_a_snapshot_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def storage() -> doctor.Check:
+        return by_name(Settings(state=tmp_path / "state", cache=tmp_path / "cache"))["Storage"]
+
+    monkeypatch.setattr(probes, "file_system", lambda _: ("ext4", "/srv"))
+    assert storage().level == "ok"
+    (tmp_path / "state" / "disks" / "dbx_1").mkdir(parents=True)
+    assert storage().level == "warning"
+    assert re.search(
+        r"stops its box while it copies, here about \d+\.\d s for each 10,000 files", storage().consequence
+    )
+    (tmp_path / "state" / "pool.btrfs").touch()
+    assert storage().level == "ok"
 
 
 @needs_root

@@ -25,7 +25,7 @@ BASE = {
     "probes",
     "remote",
 }
-TOP = {"routes", "app", "cli", "doctor"}
+TOP = {"routes", "app", "cli", "doctor", "storage"}
 
 
 def modules() -> dict[str, ast.Module]:

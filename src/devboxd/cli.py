@@ -200,8 +200,10 @@ def keys_revoke(key_id: str, state: Path | None, config: Path | None) -> None:
 def _with_store(config: Path | None, state: Path | None, action: Callable[[Store], Any]) -> Any:
     import asyncio
 
+    from devboxd import logs
     from devboxd.store.db import FILE_NAME, Store
 
+    logs.configure("auto")
     store = Store.open(_settings(config, state=state).state / FILE_NAME)
     try:
         return asyncio.run(action(store))
@@ -240,9 +242,11 @@ def image_build(config: Path | None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from devboxd import logs
     from devboxd.engine.base import EngineError
     from devboxd.engine.images import Images
 
+    logs.configure("auto")
     columns = (
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
@@ -260,6 +264,60 @@ def image_build(config: Path | None) -> None:
         except EngineError as error:
             raise SetupError(str(error)) from error
     click.echo(built.name)
+
+
+@cli.group()
+def storage() -> None:
+    """See, grow and check the storage.
+
+    That is where disks and snapshots lie. On the server's machine, as root, while the server runs or not.
+    """
+
+
+@storage.command("status")
+@_as_json
+@_config
+@_state
+def storage_status(as_json: bool, config: Path | None, state: Path | None) -> None:
+    """Show its kind, size and content."""
+    from dataclasses import asdict
+
+    from devboxd import storage as module
+
+    found = module.status(_settings(config, state=state).state)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    for name, text in module.lines(found):
+        click.echo(f"{name:<12} {text}")
+
+
+@storage.command("grow")
+@click.argument("size", metavar="SIZE")
+@_config
+@_state
+def storage_grow(size: str, config: Path | None, state: Path | None) -> None:
+    """Let it hold SIZE, such as 64G.
+
+    It grows by itself when little is left; this is for those who want to know at once that there is room.
+    """
+    from devboxd import storage as module
+
+    module.grow(_settings(config, state=state).state, size)
+
+
+@storage.command("check")
+@_config
+@_state
+def storage_check(config: Path | None, state: Path | None) -> None:
+    """Look for damage.
+
+    That takes a while. While a server runs every block is read and compared with its checksum; else the structure is
+    checked. Nothing is repaired. The exit code is 1 when there is damage.
+    """
+    from devboxd import storage as module
+
+    sys.exit(module.check(_settings(config, state=state).state))
 
 
 @cli.command("systemd-unit")
@@ -313,7 +371,7 @@ def boxes() -> None:
 @_remote_options
 def boxes_list(status: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
     """List the boxes, newest first."""
-    found = _all_boxes(_remote(url, key_file), status)
+    found = _all(_remote(url, key_file), "/v1/devboxes", "devboxes", {"status": status} if status else {})
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -321,16 +379,15 @@ def boxes_list(status: str | None, url: str | None, key_file: Path | None, as_js
     _table(("id", "status", "made", "name"), rows)
 
 
-def _all_boxes(remote: Remote, status: str | None) -> list[dict[str, Any]]:
+def _all(remote: Remote, path: str, name: str, query: dict[str, Any]) -> list[dict[str, Any]]:
+    """All pages of a list."""
     found: list[dict[str, Any]] = []
     more = True
     while more:
-        query: dict[str, Any] = {"limit": 500} | ({"status": status} if status else {})
-        if found:
-            query["starting_after"] = found[-1]["id"]
-        answer = remote.call("GET", "/v1/devboxes", query=query)
-        found += answer["devboxes"]
-        more = bool(answer["has_more"] and answer["devboxes"])
+        after = {"starting_after": found[-1]["id"]} if found else {}
+        answer = remote.call("GET", path, query={"limit": 500, **query, **after})
+        found += answer[name]
+        more = bool(answer["has_more"] and answer[name])
     return found
 
 
@@ -387,13 +444,66 @@ def boxes_shutdown(
     remote = _remote(url, key_file)
     if every:
         ended = ("shutdown", "failure")
-        box_ids = tuple(box["id"] for box in _all_boxes(remote, None) if box["status"] not in ended)
+        box_ids = tuple(box["id"] for box in _all(remote, "/v1/devboxes", "devboxes", {}) if box["status"] not in ended)
     for box_id in box_ids:
         remote.call("POST", f"/v1/devboxes/{box_id}/shutdown", {})
         if not as_json:
             click.echo(box_id)
     if as_json:
         click.echo(json.dumps(list(box_ids)))
+
+
+@cli.group()
+def snapshot() -> None:
+    """See and verify snapshots.
+
+    Through the API of a server, so from any machine.
+    """
+
+
+@snapshot.command("list")
+@click.option("--devbox", metavar="ID", help="Only snapshots of this devbox.")
+@_remote_options
+def snapshot_list(devbox: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """List the snapshots, newest first."""
+    query = {"devbox_id": devbox} if devbox else {}
+    found = _all(_remote(url, key_file), "/v1/devboxes/disk_snapshots", "snapshots", query)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    rows = [
+        (one["id"], _date(one["create_time_ms"]), _size(one["size_bytes"]), one["source_devbox_id"], one["name"] or "")
+        for one in found
+    ]
+    _table(("id", "taken", "size", "devbox", "name"), rows)
+
+
+@snapshot.command("verify")
+@_remote_options
+@click.argument("snapshot_ids", metavar="[ID]...", nargs=-1, required=True)
+def snapshot_verify(snapshot_ids: tuple[str, ...], url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """Tell whether snapshots are intact.
+
+    All of each is read. The digest (SHA-256 over names, owners, modes, times, attributes and contents) is compared with
+    the one that was made when somebody asked first. The exit code is 1 when one differs.
+    """
+    remote = _remote(url, key_file)
+    found = [remote.call("POST", f"/v1/devboxes/disk_snapshots/{name}/verify", {}) for name in snapshot_ids]
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        rows = [(one["id"], "intact" if one["intact"] else "CHANGED", one["found_digest"]) for one in found]
+        _table(("id", "", "sha256"), rows)
+    sys.exit(0 if all(one["intact"] for one in found) else 1)
+
+
+def _size(number: int | None) -> str:
+    """Bytes for a person."""
+    if number is None:
+        return "-"
+    from rich.filesize import decimal
+
+    return decimal(number)
 
 
 def _date(time_ms: int) -> str:

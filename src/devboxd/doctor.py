@@ -58,10 +58,10 @@ def checks(settings: Settings) -> list[Check]:
     space = _space(settings)
     found += [_cgroups(), _namespaces(root), _state(settings), space]
     if root and space.level != "error":  # on a full disk nothing can be tried
-        found += [_disks(settings), _append_only(settings)]
+        found += [_disks(settings), _storage(settings), _append_only(settings)]
     if root:
         found.append(_nftables())
-    found += [_loop(), _memory(), _open_files(), _inotify(), _processes()]
+    found += [_memory(), _open_files(), _inotify(), _processes()]
     found += [*_neighbours(root), _selinux(), _names(settings), _lan(settings), _kernel(settings)]
     return found
 
@@ -253,7 +253,27 @@ def _space(settings: Settings) -> Check:
     found = f"{free / _GIB:.0f} GiB are free for {settings.state}"
     if free < 5 * _GIB:
         return Check("Disk space", "warning", found, "a few boxes fill it", "free some, or move the state folder")
-    return Check("Disk space", "ok", found, "boxes share it; a box's disk has no limit of its own yet")
+    return Check("Disk space", "ok", found, "boxes and their snapshots share it")
+
+
+def _storage(settings: Settings) -> Check:
+    """Where disks of boxes lie, or will lie; looks for what `Pool.open` needs."""
+    name = "Storage"
+    disks = settings.state / "disks"
+    if (settings.state / "pool.btrfs").exists() or probes.file_system(settings.state)[0] == "btrfs":
+        return Check(name, "ok", "btrfs", "each disk has a limit, and is copied in a moment while its box goes on")
+    if disks.is_dir() and any(disks.iterdir()):
+        lack, cure = f"disks lie in plain folders in {disks}", "end all boxes, delete all snapshots, empty the folder"
+    elif probes.which("mkfs.btrfs") is None:
+        lack, cure = "mkfs.btrfs is missing", "install btrfs-progs before the first start"
+    elif "btrfs" not in Path("/proc/filesystems").read_text() or not Path("/dev/loop-control").exists():
+        lack, cure = "the kernel has no btrfs or no loop devices", "modprobe btrfs loop, before the first start"
+    else:
+        return Check(name, "ok", "btrfs in a file, made at the first start", "each disk has a limit; it grows with use")
+    seconds = probes.copying(settings.state)
+    slow = "" if seconds is None else f", here about {seconds:.1f} s for each 10,000 files"
+    follows = f"disks have no limits, and a snapshot stops its box while it copies{slow}"
+    return Check(name, "warning", lack, follows, cure)
 
 
 def _disks(settings: Settings) -> Check:
@@ -296,13 +316,6 @@ def _nftables() -> Check:
         )
     stands = "boxes reach neither this host, nor each other, nor metadata services"
     return Check(name, "ok", "the kernel takes the rules", stands)
-
-
-def _loop() -> Check:
-    if Path("/dev/loop-control").exists():
-        return Check("Loop devices", "ok", "present", "disks with limits can be made of files")
-    cure = "modprobe loop, where disks with limits are wanted"
-    return Check("Loop devices", "warning", "missing", "boxes' disks stay plain folders", cure)
 
 
 def _memory() -> Check:

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from devboxd.engine.instance import IDS_PER_BOX, Instance
 from devboxd.engine.wall import ruleset
 
 _SECONDS = 10
+_SAMPLE = 200
 _FIRST_ID = 1 << 29
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_APPEND_FL = 0x80086601, 0x40086602, 0x20
 
@@ -115,6 +117,19 @@ def append_only(folder: Path) -> bool:
         fcntl.ioctl(file, _FS_IOC_SETFLAGS, flags.to_bytes(8, "little"))
         return True
     return False
+
+
+def copying(folder: Path) -> float | None:
+    """About how many seconds it takes to copy 10,000 files of 10 KB there, from a sample of 200 of them."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".devboxd-", dir=existing(folder)) as name:
+        source = Path(name, "source")
+        source.mkdir()
+        for number in range(_SAMPLE):
+            (source / str(number)).write_bytes(bytes(10_000))
+        begun = time.perf_counter()
+        shutil.copytree(source, Path(name, "copy"))
+        return (time.perf_counter() - begun) * 10_000 / _SAMPLE
+    return None
 
 
 def firewalls() -> dict[str, bool]:

@@ -56,7 +56,8 @@ class Remote:
     def call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None) -> Any:
         """The decoded answer. Repeats a request whose connection broke: its effect happens once.
 
-        Raises ApiError for an error of the server and SetupError when there is none to be reached.
+        An answer that asks to come again (408) is followed for as long as it comes. Raises ApiError for an error of the
+        server and SetupError when there is none to be reached.
         """
         headers = {"x-request-id": str(uuid.uuid4())} if method != "GET" else {}
         deadline = time.monotonic() + _RETRY_SECONDS
@@ -72,7 +73,7 @@ class Remote:
                 if (isinstance(error, ConnectionRefusedError) and not reached) or time.monotonic() > deadline:
                     raise self._unreachable(error) from error
             except ApiError as error:
-                if error.code != 503 or time.monotonic() > deadline:
+                if error.code != 408 and (error.code != 503 or time.monotonic() > deadline):
                     raise
             time.sleep(_PAUSE_SECONDS)
 

@@ -50,6 +50,7 @@ ROUTES = (
     Route("GET", _SNAPSHOTS + "/public/metadata/keys/{key}/values", snapshots.public_snapshot_metadata_values, _READ),
     Route("POST", _SNAPSHOTS + "/{snapshot_id}", snapshots.update_snapshot, _WRITE),
     Route("GET", _SNAPSHOTS + "/{snapshot_id}/status", snapshots.snapshot_status, _READ),
+    Route("POST", _SNAPSHOTS + "/{snapshot_id}/verify", snapshots.verify_snapshot, _READ, waits=True),
     Route("POST", _SNAPSHOTS + "/{snapshot_id}/delete", snapshots.delete_snapshot, _WRITE, once=True),
     # executions
     Route("POST", _BOX + "/execute", executions.execute, _WRITE, once=True),

@@ -145,6 +145,51 @@ def test_the_size_is_what_it_holds_over_its_image(api: Api) -> None:
     api.shutdown(box)
 
 
+def test_its_digest_is_of_all_that_it_holds_and_shows_when_that_changes(
+    api: Api, server: Server, box: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.run(
+        box, "mkdir -p ~/d; echo one >~/d/f; ln -s /etc ~/d/l; mkfifo ~/d/p; truncate -s 4T ~/d/hole; chmod 711 ~/d"
+    )
+    first, again = take(api, box)["id"], take(api, box)["id"]
+    assert status(api, first)["snapshot"]["manifest_digest"] is None
+    told = api.call("GET", f"{SNAPSHOTS}/{first}/status", params={"include_manifest_digest": True})["snapshot"][
+        "manifest_digest"
+    ]
+    assert len(bytes.fromhex(told)) == 32
+    assert status(api, first)["snapshot"]["manifest_digest"] == told
+    intact = {"id": again, "intact": True, "manifest_digest": told, "found_digest": told}
+    assert api.call("POST", f"{SNAPSHOTS}/{again}/verify", {}) == intact
+    for change in ("chmod 700 ~/d", "touch -d @1 ~/d/f", "echo two >~/d/f", "mv ~/d/f ~/d/g", "sudo rm /etc/motd"):
+        api.run(box, change)
+        other = api.call("POST", f"{SNAPSHOTS}/{take(api, box)['id']}/verify", {})["found_digest"]
+        assert other != told, change
+    disk = server.state / "disks" / first
+    subprocess.run(["btrfs", "property", "set", disk, "ro", "false"], check=True)
+    (disk / "upper" / "home" / "user" / "d" / "f").write_text("one?")
+    found = api.call("POST", f"{SNAPSHOTS}/{first}/verify", {})
+    assert (found["intact"], found["manifest_digest"]) == (False, told)
+    monkeypatch.setenv("DEVBOXD_URL", server.url)
+    monkeypatch.setenv("DEVBOXD_KEY", server.key)
+    verify = subprocess.run(
+        [server.program, "snapshot", "verify", again, first], capture_output=True, text=True, check=False
+    )
+    assert (verify.returncode, verify.stderr) == (1, "")
+    assert [line.split("\t")[:2] for line in verify.stdout.splitlines()] == [[again, "intact"], [first, "CHANGED"]]
+    listed = subprocess.run(
+        [server.program, "snapshot", "list", "--devbox", box], capture_output=True, text=True, check=False
+    )
+    assert {first, again} <= {line.split("\t")[0] for line in listed.stdout.splitlines()}
+
+
+def test_only_what_is_complete_is_verified(api: Api, box: str) -> None:
+    gone = take(api, box)["id"]
+    delete(api, gone)
+    assert "was deleted" in api.refused("POST", f"{SNAPSHOTS}/{gone}/verify", 404, {})
+    assert status(api, gone)["snapshot"] is None
+    assert "cannot" in api.refused("POST", f"{SNAPSHOTS}/{NOBODY}/verify", 404, {})
+
+
 def test_a_repeated_request_takes_one(api: Api, box: str) -> None:
     headers = {"x-request-id": str(uuid.uuid4())}
     views = [api.call("POST", f"/v1/devboxes/{box}/snapshot_disk_async", {}, headers=headers) for _ in range(2)]

@@ -29,6 +29,8 @@ class SnapshotView(msgspec.Struct, frozen=True):
     source_blueprint_id: str | None
     commit_message: str | None
     size_bytes: int | None
+    manifest_digest: str | None
+    """SHA-256 of all that it holds, in hexadecimal, once somebody has asked for it."""
 
 
 class SnapshotListView(msgspec.Struct, frozen=True):
@@ -45,6 +47,15 @@ class SnapshotStatusView(msgspec.Struct, frozen=True):
     status: str
     snapshot: SnapshotView | None
     error_message: str | None
+
+
+class VerifiedView(msgspec.Struct, frozen=True):
+    """Whether a snapshot still holds what it held when its digest was first told."""
+
+    id: str
+    intact: bool
+    manifest_digest: str
+    found_digest: str
 
 
 class TakeSnapshot(msgspec.Struct, frozen=True):
@@ -98,9 +109,13 @@ async def _take(snapshots: Snapshots, call: Call, devbox_id: str, body: TakeSnap
     )
 
 
-async def snapshot_status(snapshots: Snapshots, call: Call, snapshot_id: str) -> SnapshotStatusView:
-    """How far a snapshot is, and the snapshot once it is complete. A deleted one is `deleted`."""
+async def snapshot_status(
+    snapshots: Snapshots, call: Call, snapshot_id: str, include_manifest_digest: bool = False
+) -> SnapshotStatusView:
+    """How far a snapshot is, and the snapshot once it is complete; with its digest if asked. A deleted one is so."""
     snapshot = await snapshots.get(call.account, snapshot_id)
+    if include_manifest_digest and snapshot.status == COMPLETE:
+        snapshot = await snapshots.digested(snapshot)
     shown = _view(snapshot) if snapshot.status == COMPLETE else None
     return SnapshotStatusView(snapshot.status, shown, snapshot.error)
 
@@ -166,6 +181,12 @@ async def update_snapshot(
     return _view(await snapshots.update(call.account, snapshot_id, **values))
 
 
+async def verify_snapshot(snapshots: Snapshots, call: Call, snapshot_id: str) -> VerifiedView:
+    """Read all of a complete snapshot again and compare its digest with the one that was told first."""
+    snapshot, found = await snapshots.verify(await snapshots.get(call.account, snapshot_id))
+    return VerifiedView(snapshot.id, found == snapshot.manifest_digest, snapshot.manifest_digest or "", found)
+
+
 async def delete_snapshot(snapshots: Snapshots, call: Call, snapshot_id: str) -> None:
     """Delete a snapshot; devboxes and snapshots that came from it stay as they are."""
     await snapshots.delete(call.account, snapshot_id)
@@ -182,5 +203,5 @@ def _check(name: str | None, metadata: dict[str, str] | None, message: str | Non
 def _view(snapshot: Snapshot) -> SnapshotView:
     return SnapshotView(
         snapshot.id, snapshot.name, snapshot.create_time_ms, snapshot.metadata, snapshot.devbox_id, None,
-        snapshot.commit_message, snapshot.size_bytes,
+        snapshot.commit_message, snapshot.size_bytes, snapshot.manifest_digest,
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     status: str
     error: str | None
     size_bytes: int | None
+    manifest_digest: str | None
     create_time_ms: int
 
 

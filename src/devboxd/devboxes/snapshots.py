@@ -16,8 +16,9 @@ from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshot_store import COMPLETE, DELETED, ERROR, IN_PROGRESS, Snapshot
 from devboxd.devboxes.states import Event
 from devboxd.engine.base import Engine, EngineError
-from devboxd.errors import ApiError, conflict, not_found
+from devboxd.errors import ApiError, conflict, not_found, timed_out
 from devboxd.http.once import Once
+from devboxd.http.streams import HELD_S
 from devboxd.ids import check_id, new_id
 from devboxd.store.db import Store, StoreError
 from devboxd.tasks import Tasks
@@ -34,6 +35,8 @@ class Snapshots:
         self._engine = engine
         self._devboxes = devboxes
         self._taking: dict[str, asyncio.Task[None]] = {}
+        self._digests: dict[str, asyncio.Task[str]] = {}
+        self._one_digest = asyncio.Semaphore(1)
         self._tasks = Tasks()
 
     async def open(self) -> None:
@@ -63,7 +66,7 @@ class Snapshots:
             )
         snapshot = Snapshot(
             new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None,
-            now_ms(),
+            None, now_ms(),
         )  # fmt: skip
 
         def insert(connection: Connection) -> None:
@@ -125,6 +128,38 @@ class Snapshots:
             raise not_found(f"cannot change the snapshot {snapshot_id}: it was deleted")
         return await self._store.write(lambda c: rows.change(c, snapshot, **values)) if values else snapshot
 
+    async def digested(self, snapshot: Snapshot) -> Snapshot:
+        """A complete snapshot with the digest of what it holds, made when somebody first asks. Raises as `verify`."""
+        return snapshot if snapshot.manifest_digest else (await self.verify(snapshot))[0]
+
+    async def verify(self, snapshot: Snapshot) -> tuple[Snapshot, str]:
+        """A complete snapshot with its digest, and the digest of what it holds now: the same, unless bytes were lost.
+
+        Raises 404 for one that is deleted, 409 for others, 408 that asks to come again while it is being read, and 500
+        when it cannot be read.
+        """
+        if snapshot.status == DELETED:
+            raise not_found(f"cannot read the snapshot {snapshot.id}: it was deleted")
+        if snapshot.status != COMPLETE:
+            raise conflict(f"cannot read the snapshot {snapshot.id}: it is {snapshot.status}, not complete")
+        if (task := self._digests.get(snapshot.id)) is None:
+            task = self._digests[snapshot.id] = self._tasks.start(self._digest(snapshot.id), f"read {snapshot.id}")
+        await asyncio.wait({task}, timeout=HELD_S)
+        if not task.done():
+            raise timed_out(f"cannot tell the digest of {snapshot.id} yet: all of it is being read; ask again")
+        self._digests.pop(snapshot.id, None)
+        try:
+            found = await task
+        except EngineError as error:
+            raise ApiError(500, f"cannot verify the snapshot {snapshot.id}: {error}", retry=False) from error
+        if snapshot.manifest_digest is None:
+            snapshot = await self._store.write(lambda c: rows.change(c, snapshot, manifest_digest=found))
+        return snapshot, found
+
+    async def _digest(self, snapshot_id: str) -> str:
+        async with self._one_digest:
+            return await self._engine.snapshot_digest(snapshot_id)
+
     async def delete(self, account: str, snapshot_id: str) -> None:
         """Delete a snapshot; one that is deleted already stays so. Raises 409 while it is taken or begun from."""
         snapshot = await self.get(account, snapshot_id)
@@ -138,6 +173,7 @@ class Snapshots:
             )
         if snapshot.status != DELETED:
             await self._store.write(lambda c: rows.change(c, snapshot, status=DELETED))
+        self._digests.pop(snapshot_id, None)
         await self._engine.delete_snapshot(snapshot_id)
 
     async def _work(self, life: Life, snapshot: Snapshot) -> None:

@@ -105,6 +105,9 @@ class Engine(Protocol):
     async def snapshot(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk of a box as it is at this instant. Raises EngineError."""
 
+    async def snapshot_digest(self, snapshot_id: str) -> str:
+        """SHA-256 over all that it holds, in hexadecimal; may take long. Raises EngineError."""
+
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Delete it; boxes that began from it stay as they are. An unknown one is no error."""
 

@@ -42,9 +42,9 @@ class Disks:
         """Close the pool."""
         self._pool.close()
 
-    def path(self, box_id: str) -> Path:
-        """Where the disk of a box lies."""
-        return self._folder / box_id
+    def path(self, name: str) -> Path:
+        """Where the disk of a box, or a snapshot, lies."""
+        return self._folder / name
 
     def create(self, box_id: str, slot: int, files: Mapping[str, str], snapshot_id: str | None) -> Path:
         """A new disk for the box, empty or from a snapshot, with these files (paths below its root) of the box's root.

@@ -31,7 +31,7 @@ import structlog
 
 from devboxd.agent import agent_binary
 from devboxd.config import Settings
-from devboxd.engine import bundle, cgroups, linux, rootfs
+from devboxd.engine import bundle, cgroups, linux, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
@@ -216,6 +216,10 @@ class OciEngine:
         finally:
             if frozen:
                 self._cgroups.thaw(box_id)
+
+    async def snapshot_digest(self, snapshot_id: str) -> str:
+        """Of what a box sees over its image."""
+        return await manifest.digest(self._disks.path(snapshot_id) / "upper")
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Its room comes back a little later."""

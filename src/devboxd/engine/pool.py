@@ -63,7 +63,7 @@ class Pool:
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
-        mounted = str(self.folder) in linux.mount_points()
+        mounted = self.mounted
         if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
             self.kind = "file"
             if not mounted:
@@ -73,6 +73,8 @@ class Pool:
                 linux.mount(str(self.folder), self.folder, None, linux.MS_BIND)
             linux.mount("none", self.folder, None, linux.MS_BIND | linux.MS_REMOUNT | _SHIELD)
             self.kind = "btrfs" if _is_btrfs(self.folder) else "folders"
+        if self.kind == "file":
+            self._use_all()  # a server that was killed may have made only the file larger
         if self.copies:
             btrfs.enable_quotas(self.folder)
         usage = shutil.disk_usage(self.folder)
@@ -99,17 +101,62 @@ class Pool:
         """
         if self.kind != "file" or shutil.disk_usage(self.folder).free >= _MARGIN:
             return False
-        host, status = shutil.disk_usage(self._state), self.file.stat()
-        size = status.st_size
-        wanted = min(2 * size, status.st_blocks * 512 + host.free - reserve(host.total))
-        if wanted - size < _LEAST:
-            return False
-        os.truncate(self.file, wanted)
+        with self._sizing() as file:
+            size = os.fstat(file).st_size
+            wanted = min(2 * size, self.most())
+            if wanted - size < _LEAST:
+                return False
+            os.truncate(file, wanted)
+        self._use_all()
+        _log.info("storage has grown", was=size, bytes=wanted)
+        return True
+
+    def most(self) -> int:
+        """How large the file may become, in bytes: with it full, the disk below still holds the reserve."""
+        host = shutil.disk_usage(self._state)
+        return self.file.stat().st_blocks * 512 + host.free - reserve(host.total)
+
+    def grow_to(self, wanted: int) -> None:
+        """Make the file so large, also beside a server that runs. Raises SetupError when that cannot be."""
+        if not self.file.exists():
+            raise SetupError(f"cannot grow the storage: it is no file {self.file}; make room on the disk itself")
+        try:
+            with self._sizing() as file:
+                size = os.fstat(file).st_size
+                if wanted <= size:
+                    raise SetupError(f"cannot grow the storage to {wanted >> 20} MiB: it has {size >> 20} MiB already")
+                if wanted > (most := self.most()):
+                    raise SetupError(
+                        f"cannot grow the storage to {wanted >> 20} MiB: the disk has room for {most >> 20} MiB, what "
+                        "is kept for the server aside; free some"
+                    )
+                os.truncate(file, wanted)
+            if self.mounted:
+                self._use_all()
+        except OSError as error:
+            raise SetupError(f"cannot grow the storage {self.file}: {error}") from error
+
+    @property
+    def mounted(self) -> bool:
+        """Whether the pool is shown in its folder: by a server that runs, or by one that was killed."""
+        return str(self.folder.resolve()) in linux.mount_points()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anybody has the file attached, such as boxes that outlive their server."""
+        return any(_devices(self.file))
+
+    @contextlib.contextmanager
+    def _sizing(self) -> Iterator[int]:
+        """The file, of which nobody else changes the size meanwhile: to make it smaller would destroy it."""
+        with self.file.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file.fileno()
+
+    def _use_all(self) -> None:
         with _device_of(self.file) as device:
             fcntl.ioctl(device, _LOOP_SET_CAPACITY)
         btrfs.grow(self.folder)
-        _log.info("storage has grown", was=size, bytes=wanted)
-        return True
 
     def _may_be_file(self) -> bool:
         """Whether a pool in a file is wanted here: not on btrfs, nor where disks lie in plain folders already."""

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 FILE_NAME = "devboxd.db"
 """Name of the store in the state folder."""
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision that this program knows; a test compares it with the migrations."""
 
 _BATCH = 256

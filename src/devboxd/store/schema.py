@@ -109,6 +109,7 @@ snapshots = Table(
     Column("status", String(16), nullable=False),
     Column("error", Text),
     Column("size_bytes", BigInteger),
+    Column("manifest_digest", String(64)),
     Column("create_time_ms", BigInteger, nullable=False),
     Index("snapshots_by_account", "account_id", "id"),
     Index("snapshots_by_box", "devbox_id", "id"),

@@ -1,0 +1,48 @@
+"""One number for all that a disk holds, so that anybody can see whether it is still the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from pathlib import Path
+
+from devboxd.engine.base import EngineError
+
+_ARCHIVE = (
+    *("nice", "tar", "--create", "--file=-", "--sort=name", "--numeric-owner", "--sparse", "--sparse-version=0.0"),
+    *("--format=pax", "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime", "--xattrs", "--xattrs-include=*"),
+)
+"""Of the same files always the same bytes: holes and order do not count, nor when a file was read."""
+
+
+async def digest(folder: Path) -> str:
+    """SHA-256, in hexadecimal, over names, kinds, owners, modes, times, attributes and contents below a folder.
+
+    Nothing in it is followed or opened but plain files; sockets do not count. Raises EngineError.
+    """
+    reading, writing = os.pipe()
+    running: list[Process] = []
+    try:
+        try:
+            running.append(
+                await asyncio.create_subprocess_exec(
+                    *_ARCHIVE, "--directory", folder, ".", stdin=DEVNULL, stdout=writing, stderr=PIPE
+                )
+            )
+            running.append(await asyncio.create_subprocess_exec("nice", "sha256sum", stdin=reading, stdout=PIPE))
+        finally:
+            os.close(reading)
+            os.close(writing)
+        (_, said), (found, _) = await asyncio.gather(*(process.communicate() for process in running))
+    except OSError as error:
+        raise EngineError(f"cannot read {folder} as a whole: {error}; tar and sha256sum are needed") from error
+    finally:
+        for process in running:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    if any(process.returncode for process in running):
+        words = said.decode(errors="replace").strip().splitlines() or ["no reason was given"]
+        raise EngineError(f"cannot read {folder} as a whole: {words[-1]}")
+    return found.split()[0].decode()

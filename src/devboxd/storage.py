@@ -1,0 +1,122 @@
+"""`devboxd storage`: what the pool of disks is and holds, making it larger, and looking for damage."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from devboxd import probes
+from devboxd.engine.disks import Disks
+from devboxd.engine.pool import Kind, Pool, reserve
+from devboxd.errors import SetupError
+
+_UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_WORDS: dict[Kind, str] = {
+    "btrfs": "the state folder's own btrfs",
+    "file": "btrfs in a file",
+    "folders": "plain folders, without limits",
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """The pool as it is. Sizes in bytes; None where nothing shows them because no server runs."""
+
+    kind: Kind
+    folder: str
+    shown: bool
+    size: int | None
+    free: int | None
+    file: str | None
+    file_takes: int | None
+    may_grow_to: int | None
+    kept_for_the_server: int
+    disk_free: int
+    devboxes: int | None
+    snapshots: int | None
+
+
+def status(state: Path) -> Status:
+    """Look at the pool, which may be in use. Raises SetupError where there is none yet, or one may not look."""
+    pool = _found(state)
+    host = shutil.disk_usage(state)
+    is_file, shown = pool.file.exists(), pool.mounted
+    kind: Kind = "file" if is_file else "btrfs" if probes.file_system(state)[0] == "btrfs" else "folders"
+    usage = shutil.disk_usage(pool.folder) if shown or not is_file else None
+    disks = Disks(pool) if usage else None
+    return Status(
+        kind,
+        str(pool.folder),
+        shown,
+        usage.total if usage else pool.file.stat().st_size,
+        usage.free if usage else None,
+        str(pool.file) if is_file else None,
+        pool.file.stat().st_blocks * 512 if is_file else None,
+        pool.most() if is_file else None,
+        reserve(host.total),
+        host.free,
+        len(disks.boxes()) if disks else None,
+        len(disks.snapshots()) if disks else None,
+    )
+
+
+def lines(found: Status, size: str = "{:.1f} GiB") -> list[tuple[str, str]]:
+    """The same for a person."""
+
+    def shown(number: int | None) -> str:
+        return "not known while no server runs" if number is None else size.format(number / (1 << 30))
+
+    def counted(number: int | None) -> str:
+        return "not known while no server runs" if number is None else str(number)
+
+    rows = [("storage", _WORDS[found.kind]), ("folder", found.folder)]
+    rows += [("size", shown(found.size)), ("free", shown(found.free))]
+    if found.file is not None:
+        rows += [("file", f"{found.file}, takes {shown(found.file_takes)} of its disk")]
+        rows += [("may grow to", shown(found.may_grow_to))]
+    rows += [("disk below", f"{shown(found.disk_free)} free, {shown(found.kept_for_the_server)} kept for the server")]
+    return [*rows, ("devboxes", counted(found.devboxes)), ("snapshots", counted(found.snapshots))]
+
+
+def grow(state: Path, size: str) -> int:
+    """Make the pool so large, as in `64G`; its new size in bytes. Raises SetupError."""
+    match = re.fullmatch(r"(\d{1,9})\s*([MGT])(?:i?B)?", size.strip(), re.IGNORECASE)
+    if match is None:
+        raise SetupError(f"cannot read the size {size!r}: give one such as 64G")
+    wanted = int(match[1]) * _UNITS[match[2].upper()]
+    _found(state).grow_to(wanted)
+    return wanted
+
+
+def check(state: Path) -> int:
+    """Look for damage and show what is found; the exit code, 0 when there is none.
+
+    In use, every block is read and compared with its checksum; else the structure is checked, and nothing is repaired.
+    """
+    pool = _found(state)
+    if not pool.file.exists():
+        kind = probes.file_system(state)[0]
+        tool = f"btrfs scrub start -B {state}" if kind == "btrfs" else f"the tools of {kind}"
+        raise SetupError(f"cannot check the storage: it is part of the file system of {state}; use {tool}")
+    program = probes.which("btrfs")
+    if program is None:
+        raise SetupError("cannot check the storage: the program btrfs is missing; install btrfs-progs")
+    if pool.mounted:
+        command = [program, "scrub", "start", "-B", "-r", str(pool.folder)]
+    elif pool.in_use:
+        raise SetupError("cannot check the storage: boxes use it while no server runs; start the server, or end them")
+    else:
+        command = [program, "check", "--readonly", str(pool.file)]
+    return 1 if subprocess.run(command, check=False).returncode else 0
+
+
+def _found(state: Path) -> Pool:
+    if os.geteuid() != 0:
+        raise SetupError("cannot look at the storage: its folder is root's; run this as root")
+    if not (state / "disks").is_dir():
+        raise SetupError(f"cannot look at the storage: no server has run with {state}; name its folder with --state")
+    return Pool(state.resolve())
