@@ -121,7 +121,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         stack.push_async_callback(background.close)
         background.start(watcher.run(), "journal watcher")
         files = Files()
-        journals = Journals(settings.state / "journals", settings.journal_cap_bytes)
+        journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
         boxes = Boxes()
         looking = Looking(store, boxes, journals, watcher, closing)
         available = open_files()

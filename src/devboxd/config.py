@@ -39,6 +39,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """How long executions and journals of an ended box stay readable."""
     journal_cap_bytes: int = 1 << 30
     """Most bytes kept of one output stream of one execution."""
+    journals_per_box_bytes: int = 16 << 30
+    """Most bytes of output kept of all executions of a box together. Past half of it, less is kept of each new one."""
     executions_per_box: int = 256
     """Most executions that run at once in one box."""
     deny_cidrs: tuple[str, ...] = ()

@@ -42,3 +42,24 @@ def test_past_the_cap_output_is_cut_and_the_command_goes_on(small: Api) -> None:
     assert small.streamed(box, execution) == "x" * 100_000
     assert small.execution(box, execution, last_n="1")["stdout"] == "x" * 100_000
     small.shutdown(box)
+
+
+def test_all_output_of_a_devbox_together_is_bounded() -> None:
+    """Past the bound 64 KiB of each stream are kept of every command, and commands go on as before."""
+    server = Server(journals_per_box_bytes="4000000", journal_cap_bytes="1000000")
+    try:
+        with server.start().api() as api:
+            box, other = api.create(), api.create()
+            kept = [len(api.streamed(box, _wrote(api, box))) for _ in range(40)]
+            assert kept[0] == 500_000
+            assert kept[-1] == 65536
+            assert sum(kept) < 4_000_000 + 40 * 65536
+            assert len(api.streamed(other, _wrote(api, other))) == 500_000
+    finally:
+        server.stop()
+
+
+def _wrote(api: Api, box: str) -> str:
+    view = api.run(box, "head -c 900000 /dev/zero | tr '\\0' x")
+    assert (view["exit_status"], view["stdout_truncated"]) == (0, True)
+    return str(view["execution_id"])

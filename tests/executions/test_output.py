@@ -184,7 +184,7 @@ def test_the_cap_bounds_what_is_read() -> None:
 
 
 def test_journals_grow_only_and_are_removed(tmp_path: Path) -> None:
-    journals = Journals(tmp_path / "journals", CAP)
+    journals = Journals(tmp_path / "journals", CAP, 100 * CAP)
     journals.make("dbx_1", "exe_1")
     with journals.opened("dbx_1", "exe_1", stdin=True) as (out, err, stdin):
         os.write(out, b"hello")
@@ -204,7 +204,7 @@ def test_journals_grow_only_and_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_missing_journal_reads_as_empty(tmp_path: Path) -> None:
-    opened = Journals(tmp_path / "journals", CAP).reader("dbx_1", "exe_1", "stdout")
+    opened = Journals(tmp_path / "journals", CAP, 100 * CAP).reader("dbx_1", "exe_1", "stdout")
     assert opened.read(0) == b""
     opened.close()
 

@@ -333,7 +333,7 @@ class Devboxes:
             for box_id in await asyncio.to_thread(self._incidents.look, living.values()):
                 if (life := self._lives.get(box_id)) is not None:
                     life.update(life.devbox)
-            for box_id in await asyncio.to_thread(self._executions.overrun, list(living)):
+            for box_id in await self._executions.measure(list(living)):
                 if (life := self._lives.get(box_id)) is not None:
                     text = "a journal of its executions grew past the limit, which only a hostile first process can do"
                     await self._changes.happen(life, Event.FAILED, BoxFailure("health_check_failed", text))

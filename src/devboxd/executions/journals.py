@@ -16,6 +16,7 @@ from typing import Literal
 
 from devboxd.agent.descriptors import XFS, filesystem_type
 from devboxd.engine.inodes import append_only, spread
+from devboxd.executions.rations import LEAST, Rations
 
 Stream = Literal["stdout", "stderr"]
 
@@ -33,13 +34,16 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Journals:
     """The folder of all journals, `state/journals/<devbox>/<execution>.{stdout,stderr,stdin}`."""
 
-    def __init__(self, folder: Path, cap: int) -> None:
+    def __init__(self, folder: Path, cap: int, total: int) -> None:
         self.folder = folder
         self._prefix = f"{folder}/"  # plain text: joining a Path costs as much as opening the file
         self.cap = cap
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         spread(folder)
-        self._most = cap * (_XFS_AHEAD if _on_xfs(folder) else 1) + _SLACK
+        ahead = _XFS_AHEAD if _on_xfs(folder) else 1
+        self._most = cap * ahead + _SLACK
+        self.rations = Rations(cap, total)
+        self._most_together, self._least = 2 * total * ahead, LEAST * ahead
 
     def path(self, devbox_id: str, execution_id: str, stream: str) -> Path:
         """Where a stream of an execution lies."""
@@ -111,9 +115,11 @@ class Journals:
         except FileNotFoundError:
             return Reader(None, self.cap)
 
-    def overrun(self, devbox_id: str) -> bool:
-        """Whether a journal takes more of the disk than an agent that keeps to the cap can make it take."""
-        return any(_taken(status) > self._most for _, status in self._made(devbox_id))
+    def measure(self, devbox_id: str) -> tuple[int, bool]:
+        """What the journals of a devbox take of the disk, and whether an agent that keeps to its caps can do that."""
+        taken = [_taken(status) for _, status in self._made(devbox_id)]
+        together, most = sum(taken), self._most_together + len(taken) * self._least + _SLACK
+        return together, any(one > self._most for one in taken) or together > most
 
     def trim(self, devbox_id: str) -> None:
         """Cut what is over in the journals of a devbox that has ended: nobody has them open for writing any more."""

@@ -129,11 +129,18 @@ class Executions:
                 else:
                     await running.done.wait()  # whoever commits it sees that the box is gone
         self._boxes.remove(box)
+        self._journals.rations.forget(box_id)
         await asyncio.to_thread(self._journals.trim, box_id)
 
-    def overrun(self, box_ids: Sequence[str]) -> list[str]:
-        """The devboxes that have put more into a journal than an honest agent does. Takes its time: for a thread."""
-        return [box_id for box_id in box_ids if self._journals.overrun(box_id)]
+    async def measure(self, box_ids: Sequence[str]) -> list[str]:
+        """Look what journals take of the disk; the devboxes of which they take more than an honest agent lets them."""
+        rations = self._journals.rations
+        before = {box_id: rations.taken(box_id) for box_id in box_ids}
+        found = await asyncio.to_thread(lambda: [(box_id, *self._journals.measure(box_id)) for box_id in box_ids])
+        for box_id, taken, _ in found:
+            if self._boxes.find(box_id) is not None:
+                rations.measured(box_id, before[box_id], taken)
+        return [box_id for box_id, _, overrun in found if overrun]
 
     async def close(self) -> None:
         """Stop all background work; boxes and their commands go on without the server."""
@@ -328,7 +335,8 @@ class Executions:
                 record = box.record(["bash", "-lc", row.command], user=user)
             else:
                 record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
-            await patient(partial(agent.spawn, row.id, record, out, err, stdin, self._journals.cap))
+            cap = self._journals.rations.promise(box.id, row.id)
+            await patient(partial(agent.spawn, row.id, record, out, err, stdin, cap))
 
     async def _cannot_start(self, box: Box, running: Running, error: AgentError | OSError) -> None:
         missing = isinstance(error, AgentError) and error.errno == errno.ENOENT
@@ -372,6 +380,7 @@ class Executions:
         done = self._ended(running.row, status, error, event)
         await self._persist(partial(_write_end, done))
         self._forget(box, running)
+        self._journals.rations.keep(box.id, done.id, (done.stdout_length or 0) + (done.stderr_length or 0))
         running.changed(done)
         running.ended()
         self.completed += 1
@@ -428,9 +437,9 @@ class Executions:
             if shell.key not in box.bashes:
                 await self._begin_shell(box, agent, shell)
             box.bashes[shell.key] = box.bashes.pop(shell.key)  # the one used last
-            command = row.command.encode()
+            command, cap = row.command.encode(), self._journals.rations.promise(box.id, row.id)
             try:
-                return await patient(partial(agent.run, shell.key, row.id, command, *files, self._journals.cap))
+                return await patient(partial(agent.run, shell.key, row.id, command, *files, cap))
             except AgentError as error:
                 if error.stage is not Stage.LOOKUP:
                     raise
