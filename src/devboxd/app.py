@@ -38,6 +38,7 @@ from devboxd.errors import SetupError
 from devboxd.executions.box import Boxes
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
+from devboxd.executions.records import Records
 from devboxd.executions.running import Executions
 from devboxd.executions.tailing import Tailing
 from devboxd.executions.watch import Watcher
@@ -126,7 +127,9 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         looking = Looking(store, boxes, journals, watcher, closing)
         available = open_files()
         most = commands_within(available)
-        executions = Executions(store, boxes, journals, looking, per_box=settings.executions_per_box, in_all=most)
+        records = Records(store, settings.state / "shells")
+        parts_of = (store, boxes, journals, records, looking)
+        executions = Executions(*parts_of, per_box=settings.executions_per_box, in_all=most)
         stack.push_async_callback(executions.close)
         engine = OciEngine(settings, instance, Network(settings, instance))
         images = Images(settings)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from devboxd.executions.shells import shell_key
 from support.api import Api
 from support.reader import Reader
 from support.server import Server
 
 pytestmark = pytest.mark.box
+RECORDS = f"/run/devboxd/s/{shell_key('s')}"
 
 
 def suspend(api: Api, box: str) -> None:
@@ -31,6 +36,64 @@ def freezing() -> Iterator[Server]:
         yield server.start()
     finally:
         server.stop()
+
+
+def test_a_named_shell_goes_on_from_its_record(own_server: Server) -> None:
+    def say(command: str) -> str:
+        return str(api.run(box, command, shell_name="a name of it's own")["stdout"])
+
+    with own_server.api() as api:
+        box = api.create()
+        say("cd /tmp; export SECRET='it''s \"$HOME\"'; alias hi='echo hi'; set -o pipefail; x=1")
+        say('f() { echo "f of $1"; }')
+        snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk", {})["id"]
+        suspend(api, box)
+        (record,) = (own_server.state / "shells" / box).iterdir()
+        assert record.stat().st_mode & 0o777 == 0o600
+        assert b"SECRET" in record.read_bytes()
+        command = ["grep", "-rl", "SECRET", own_server.state / "disks" / snapshot, own_server.state / "disks" / box]
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "", "it is on a disk"
+        own_server.restart()
+        resume(api, box)
+        assert say('pwd; echo "$SECRET"; hi; f 2; set -o | grep -c "pipefail.*on"; echo ${x-}; export SECRET=new') == (
+            '/tmp\nits "$HOME"\nhi\nf of 2\n1\n\n'
+        )
+        assert api.run(box, "echo ${SECRET-none}", shell_name="another")["stdout"] == "none\n"
+        say("kill -9 $$")
+        assert say("echo $SECRET") == "new\n", "what came after the resume counts more"
+        for _ in range(2):
+            suspend(api, box)
+            resume(api, box)
+            assert say("echo $SECRET $PWD") == "new /tmp\n"
+        api.shutdown(box)
+        api.wait_box(box, "shutdown")
+        while record.parent.exists():
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("record", ["", "# 1\n", "# 9\nexport X=1\n", "exit\n#end\n", "# 1x\n#end\n", "# -1\n#end\n"])
+def test_what_is_no_whole_record_is_not_kept(api: Api, server: Server, record: str) -> None:
+    box = api.create()
+    api.run(box, "true", shell_name="s")
+    written = api.run(box, f"cd {RECORDS} && rm -f 0 1 && printf %b {shlex.quote(record)} >0")
+    assert written["exit_status"] == 0
+    suspend(api, box)
+    assert [path.read_text() for path in (server.state / "shells").glob(f"{box}/*")] == []
+    resume(api, box)
+    assert api.run(box, "echo ${X-none}", shell_name="s")["stdout"] == "none\n"
+    api.shutdown(box)
+
+
+@pytest.mark.parametrize("make", ["mkfifo 0 && ln -s /etc/shadow 1", r"printf '# 7\nX=\x27; exit 3; \x27\n#end\n' >1"])
+def test_a_hostile_record_hinders_nothing(api: Api, make: str) -> None:
+    """It may be anything that the box can write; the shell begins all the same."""
+    box = api.create()
+    api.run(box, "true", shell_name="s")
+    assert api.run(box, f"cd {RECORDS} && rm -f 0 1 && {make}")["exit_status"] == 0
+    suspend(api, box)
+    resume(api, box)
+    assert api.run(box, "echo whole", shell_name="s")["stdout"] == "whole\n"
+    api.shutdown(box)
 
 
 def test_the_disk_stays_and_processes_end(api: Api) -> None:

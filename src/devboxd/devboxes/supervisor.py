@@ -161,6 +161,7 @@ class Supervisor:
         devbox = life.devbox
         if (box := self._executions.box(devbox.id)) is not None:
             await suspend_hooks(devbox, box, self._executions, self._looking)
+            await self._executions.records.keep(box)
         if self._means.keep_memory_s > 0:
             try:
                 await self._engine.freeze(devbox.id)
@@ -317,6 +318,7 @@ class Supervisor:
     async def _free(self, life: Life) -> None:
         """Give back what the devbox held on the machine, end its executions, remember that this is done."""
         await self._repeat(life, self._engine.destroy, f"the devbox has ended ({life.devbox.status})")
+        await asyncio.to_thread(self._executions.records.forget, life.devbox.id)
         await self._changes.note(life, disk_freed=True)
 
     async def _repeat(self, life: Life, end: Callable[[str], Awaitable[None]], why: str) -> None:

@@ -28,6 +28,7 @@ from devboxd.executions import store as rows
 from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
+from devboxd.executions.records import Records
 from devboxd.executions.shells import READ_SCRIPT, SHELLS_MAX, Shell, shell_key, shell_record
 from devboxd.executions.stdin import Stdin
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
@@ -59,9 +60,18 @@ class Executions:
     """All executions of all devboxes."""
 
     def __init__(
-        self, store: Store, boxes: Boxes, journals: Journals, looking: Looking, *, per_box: int, in_all: int
+        self,
+        store: Store,
+        boxes: Boxes,
+        journals: Journals,
+        records: Records,
+        looking: Looking,
+        *,
+        per_box: int,
+        in_all: int,
     ) -> None:
         self.stdin = Stdin(store, boxes, journals)
+        self.records = records
         self._store = store
         self._journals = journals
         self._looking = looking
@@ -453,7 +463,7 @@ class Executions:
         with contextlib.suppress(AgentError):
             await agent.ack(shell.key)  # the end of an earlier bash, if there is one, would hold the key
         try:
-            await agent.shell(shell.key, box.record(*shell_record(shell.key)))
+            await agent.shell(shell.key, box.record(*shell_record(shell.key, self.records.find(box.id, shell.key))))
         except AgentError as error:
             if error.stage is not Stage.DUPLICATE:
                 raise

@@ -18,21 +18,20 @@ DRIVER = r"""
 shopt -s expand_aliases
 set -m
 __devboxd=/run/devboxd/s/$1 __devboxd_n=0 __devboxd_k=
-for __devboxd_f in "$__devboxd"/[01]; do
-  if [[ -f $__devboxd_f ]]; then
-    __devboxd_c=
-    IFS= read -r -d '' __devboxd_c <"$__devboxd_f" || :
-    if [[ $__devboxd_c == *$'\n#end\n' && ${__devboxd_c%%$'\n'*} =~ ^#\ ([0-9]+)$ ]] \
-        && (( BASH_REMATCH[1] > __devboxd_n )); then
-      __devboxd_n=${BASH_REMATCH[1]}
-    fi
+for __devboxd_f in '' "$__devboxd"/[01]; do
+  __devboxd_c=${__devboxd_r-}
+  if [[ -f $__devboxd_f ]]; then IFS= read -r -d '' __devboxd_c <"$__devboxd_f" || :; fi
+  if [[ $__devboxd_c == *$'\n#end\n' && ${__devboxd_c%%$'\n'*} =~ ^#\ ([0-9]+)$ ]] \
+      && (( BASH_REMATCH[1] > __devboxd_n )); then
+    __devboxd_n=${BASH_REMATCH[1]} __devboxd_r=$__devboxd_c
   fi
 done
 shift $#
 if (( __devboxd_n > 0 )); then
   for __devboxd_f in $(compgen -e); do unset "$__devboxd_f" 2>/dev/null; done
-  . "$__devboxd/$(( __devboxd_n % 2 ))" || :
+  eval "$__devboxd_r" || :
 fi
+unset __devboxd_r
 until
   {
     __devboxd_e=$? __devboxd_o=$-
@@ -112,9 +111,13 @@ READ_SCRIPT = 'IFS= read -r -d "" -u 9 REPLY; exec 9<&-; eval "$REPLY"'
 """Runs the script at descriptor 9: one of any size, and one that need not be read in every list of processes."""
 
 
-def shell_record(key: str) -> tuple[list[str], bytes]:
-    """The arguments and the script with which a shell's bash starts; it begins with the last record of its state."""
-    return ["bash", "-lc", READ_SCRIPT, "bash", key], DRIVER.encode()
+def shell_record(key: str, kept: bytes = b"") -> tuple[list[str], bytes]:
+    """The arguments and the script with which a shell's bash starts.
+
+    It begins with the last record of its state, or with the one that was `kept` from before its box was suspended.
+    """
+    quoted = b"'" + kept.replace(b"'", rb"'\''") + b"'"
+    return ["bash", "-lc", READ_SCRIPT, "bash", key], b"__devboxd_r=" + quoted + DRIVER.encode()
 
 
 class Shell:

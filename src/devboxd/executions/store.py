@@ -128,6 +128,13 @@ def newest(
     return [_record(row) for row in found]
 
 
+def shells(connection: Connection, devbox_id: str, limit: int) -> list[str]:
+    """The named shells of a devbox, the one used last first."""
+    query = select(table.c.shell_name).where(table.c.devbox_id == devbox_id, table.c.shell_name.is_not(None))
+    newest_first = query.group_by(table.c.shell_name).order_by(func.max(table.c.id).desc())
+    return list(connection.scalars(newest_first.limit(limit)))
+
+
 def after(connection: Connection, devbox_id: str, last: str, limit: int) -> list[Execution]:
     """The oldest executions of a devbox with ids above `last`; long commands are cut."""
     return [_record(row) for row in _AFTER.run(connection, {"box": devbox_id, "last": last, "most": limit})]
