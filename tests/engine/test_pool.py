@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +67,35 @@ def test_it_does_not_grow_into_what_is_kept_for_the_server(state: Path, monkeypa
     monkeypatch.setattr(pool, "reserve", lambda total: total)
     assert not found.grow()
     assert "full" in (found.short_of() or "")
+
+
+def test_a_pool_without_any_room_gives_it_back(state: Path) -> None:
+    """Where not even a name can be made any more, removing is what helps, so it must need no room."""
+    found = pool.Pool(state)
+    found.open()
+    disks = Disks(found)
+    full = disks.create("dbx_1", 0, {}, None)
+    disks.create("dbx_2", 1, {}, None)
+    _fill(full / "upper")
+    with pytest.raises(OSError, match="No space left"):
+        disks.create("dbx_3", 2, {}, None)
+    disks.remove("dbx_1")
+    assert disks.boxes() == {"dbx_2"}
+    for command in ("filesystem", "subvolume"):
+        subprocess.run(["btrfs", command, "sync", found.folder], check=True, capture_output=True)
+    disks.create("dbx_3", 2, {}, None)
+
+
+def _fill(folder: Path) -> None:
+    """Take the room for data, then that for names, by attributes of which few do."""
+    with (folder / "data").open("wb") as file:
+        size = 0
+        for step in (64 << 20, 1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(file.fileno(), size, step)
+                    size += step
+    for size in (15000, 1000, 1):
+        with contextlib.suppress(OSError):
+            for number in itertools.count():
+                os.setxattr(folder / "data", f"user.{size}.{number}", bytes(size))

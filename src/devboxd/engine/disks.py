@@ -3,8 +3,8 @@
     <pool>/dbx_...   upper (what the box sees over its image), work (the overlay's own), slot (of the box)
     <pool>/snp_...   the same at one instant; nothing writes it
 
-Under its name a disk is whole or not there: it is made and removed under another one. What is in `upper` is the box's
-and hostile: names in it are never followed.
+Under its name a disk is whole or not there: it is made under another one, and so are folders removed. What is in
+`upper` is the box's and hostile: names in it are never followed.
 """
 
 from __future__ import annotations
@@ -108,7 +108,13 @@ class Disks:
         return {path.name for path in self._folder.iterdir() if path.name.startswith(_SNAPSHOT)}
 
     def remove(self, name: str) -> None:
-        """Delete a disk or snapshot; none is no error. Raises EngineError."""
+        """Delete a disk or snapshot; none is no error. Raises EngineError and OSError.
+
+        A subvolume goes at once and whole, so it needs no other name: a pool without room refuses to rename.
+        """
+        if self._pool.copies and btrfs.is_subvolume(self._folder / name):
+            btrfs.delete(self._folder / name)
+            return
         going = self._folder / (_GOING + name)
         with contextlib.suppress(FileNotFoundError):
             (self._folder / name).rename(going)
