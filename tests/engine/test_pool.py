@@ -86,6 +86,40 @@ def test_a_pool_without_any_room_gives_it_back(state: Path) -> None:
     disks.create("dbx_3", 2, {}, None)
 
 
+def test_it_has_room_for_all_that_it_promised(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fallocate` takes a whole disk in a moment, long before anybody looks."""
+    monkeypatch.setattr(pool, "_MARGIN", 0)
+    found = pool.Pool(state)
+    found.open()
+    disks = Disks(found)
+    for number in range(2):
+        disk = disks.create(f"dbx_{number}", number, {}, None)
+        disks.limit(f"dbx_{number}", 3 * GIB)
+    with (disk / "upper" / "large").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2 * GIB)
+    assert shutil.disk_usage(found.folder).free > 3 * GIB
+    found.close()
+    again = pool.Pool(state)
+    Disks(again).open()
+    assert shutil.disk_usage(again.folder).free > 6 * GIB, "what was promised is found again"
+    for name in ("dbx_0", "dbx_1"):
+        Disks(again).remove(name)
+    monkeypatch.setattr(pool, "_MARGIN", shutil.disk_usage(again.folder).free - GIB)
+    assert not again.grow(), "nothing is promised to those that are gone"
+
+
+def test_a_full_pool_takes_no_new_disks(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the disk below has room, which the pool may not take."""
+    found = pool.Pool(state)
+    found.open()
+    disk = Disks(found).create("dbx_1", 0, {}, None)
+    assert found.short_of() is None
+    with (disk / "upper" / "data").open("wb") as file, contextlib.suppress(OSError):
+        for size in itertools.count(1):
+            os.posix_fallocate(file.fileno(), 0, size << 24)
+    assert "the pool of disks is full" in (found.short_of() or "")
+
+
 def _fill(folder: Path) -> None:
     """Take the room for data, then that for names, by attributes of which few do."""
     with (folder / "data").open("wb") as file:

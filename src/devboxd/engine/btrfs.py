@@ -71,8 +71,12 @@ def limit(path: Path, most_bytes: int) -> None:
 
 def referenced(path: Path) -> int:
     """How many bytes a subvolume refers to, shared with others or not, as of some seconds ago. Raises OSError."""
-    with _opened(path) as descriptor:
-        return int((_groups(descriptor) / f"0_{_subvolume_id(descriptor)}" / "referenced").read_text())
+    return _count(path, "referenced")
+
+
+def limited(path: Path) -> int:
+    """The bound of a subvolume, 0 for none. Raises OSError."""
+    return _count(path, "max_referenced")
 
 
 def grow(root: Path) -> None:
@@ -102,6 +106,11 @@ def _subvolume_id(descriptor: int) -> int:
 
 
 _FS_INFO = 2 << 30 | 1024 << 16 | _TYPE | 31
+
+
+def _count(path: Path, name: str) -> int:
+    with _opened(path) as descriptor:
+        return int((_groups(descriptor) / f"0_{_subvolume_id(descriptor)}" / name).read_text())
 
 
 def _groups(descriptor: int) -> Path:

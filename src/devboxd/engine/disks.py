@@ -37,6 +37,9 @@ class Disks:
         for path in self._folder.iterdir():
             if path.name.startswith((_MAKING, _GOING)):
                 self._delete(path)
+            elif path.name.startswith(_BOX) and self._pool.copies:
+                with contextlib.suppress(OSError):
+                    self._pool.promise(path.name, btrfs.limited(path))
 
     def close(self) -> None:
         """Close the pool."""
@@ -70,8 +73,9 @@ class Disks:
         return self._folder / box_id
 
     def limit(self, box_id: str, most_bytes: int) -> None:
-        """Bound what the disk holds, as far as the pool can. Raises OSError."""
+        """Bound what the disk holds, as far as the pool can, with room for all of it. Raises OSError."""
         if self._pool.copies:
+            self._pool.promise(box_id, most_bytes)
             btrfs.limit(self._folder / box_id, most_bytes)
 
     def used(self, name: str) -> int | None:
@@ -112,6 +116,7 @@ class Disks:
 
         A subvolume goes at once and whole, so it needs no other name: a pool without room refuses to rename.
         """
+        self._pool.promise(name, 0)
         if self._pool.copies and btrfs.is_subvolume(self._folder / name):
             btrfs.delete(self._folder / name)
             return

@@ -34,7 +34,7 @@ _GIB = 1 << 30
 _FIRST = 16 * _GIB
 _LEAST = _GIB
 _MARGIN = 8 * _GIB
-"""Growing begins when less is free; nobody fills as much between two looks."""
+"""Growing begins when less is free beyond what was promised; nobody writes as much between two looks."""
 _RESERVE = _GIB
 _RESERVE_SHARE = 20
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
@@ -50,6 +50,7 @@ class Pool:
         self.file = state / "pool.btrfs"
         self.kind: Kind = "folders"
         self._state = state
+        self._promised: dict[str, int] = {}
 
     @property
     def copies(self) -> bool:
@@ -86,24 +87,42 @@ class Pool:
             linux.unmount(self.folder)
 
     def short_of(self) -> str | None:
-        """Why no new disk shall be made: what the server keeps for itself on the disk of its state is touched."""
-        usage = shutil.disk_usage(self._state)
-        kept = reserve(usage.total)
-        if usage.free >= kept:
-            return None
-        left, kept_mib = usage.free >> 20, kept >> 20
-        return f"the disk of {self._state} is full: it has {left} MiB left, and {kept_mib} MiB are kept for the server"
+        """Why no new disk shall be made: the disk of the state, or the pool in it, is down to its reserve."""
+        for what, folder, whose in (
+            (f"the disk of {self._state}", self._state, "the server"),
+            ("the pool of disks", self.folder, "the devboxes that there are"),
+        ):
+            usage = shutil.disk_usage(folder)
+            kept = reserve(usage.total)
+            if usage.free < kept:
+                left, kept_mib = usage.free >> 20, kept >> 20
+                return f"{what} is full: it has {left} MiB left, and {kept_mib} MiB are kept for {whose}"
+        return None
+
+    def promise(self, name: str, most_bytes: int) -> None:
+        """Have room for a disk of this size before somebody takes it all at once; 0 for one that is gone.
+
+        Raises OSError.
+        """
+        if most_bytes:
+            self._promised[name] = most_bytes
+            self.grow()
+        else:
+            self._promised.pop(name, None)
 
     def grow(self) -> bool:
         """Make the file larger when little of the pool is free, as far as the disk below allows; whether it did.
 
         Raises OSError.
         """
-        if self.kind != "file" or shutil.disk_usage(self.folder).free >= _MARGIN:
+        if self.kind != "file":
+            return False
+        lacking = sum(self._promised.copy().values()) - shutil.disk_usage(self.folder).free
+        if lacking + _MARGIN <= 0:
             return False
         with self._sizing() as file:
             size = os.fstat(file).st_size
-            wanted = min(2 * size, self.most())
+            wanted = min(max(2 * size, size + lacking), self.most())
             if wanted - size < _LEAST:
                 return False
             os.truncate(file, wanted)
