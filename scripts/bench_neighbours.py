@@ -14,15 +14,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support.leftovers import claim_of
-from support.noise import NOISES, Figures, measure, p95
+from support.noise import DISK_NOISES, NOISES, WRITE, Figures, measure, p95
 from support.server import Server
 
 
 def neighbours(server: Server, *, rounds: int = 5, seconds: float = 1.0) -> dict[str, Figures]:
-    """The figures of every kind of noise, on a running server."""
+    """The figures of every kind of noise, on a running server; for disks also of a command that syncs a file."""
     with server.api() as api:
         box = api.create(name="neighbour")
-        found = {kind: measure(server, api, box, kind, rounds=rounds, seconds=seconds) for kind in NOISES}
+        asked = [(kind, kind, "") for kind in NOISES | DISK_NOISES]
+        asked += [(f"{kind}, sync", kind, WRITE) for kind in DISK_NOISES]
+        found = {
+            name: measure(server, api, box, kind, rounds=rounds, seconds=seconds, work=work)
+            for name, kind, work in asked
+        }
         api.shutdown(box)
     return found
 
@@ -52,7 +57,7 @@ def main() -> None:
         for kind, figures in neighbours(server).items():
             quiet, noisy = p95(figures.quiet) * 1e3, p95(figures.noisy) * 1e3
             grown = (figures.most - figures.level) / (1 << 20)
-            print(f"{kind:24} p95 {quiet:6.1f} ms quiet, {noisy:6.1f} ms beside it, x {figures.ratio:4.1f}", end="; ")
+            print(f"{kind:30} p95 {quiet:6.1f} ms quiet, {noisy:6.1f} ms beside it, x {figures.ratio:4.1f}", end="; ")
             print(f"the server {grown:+5.1f} MiB")
     finally:
         server.stop()

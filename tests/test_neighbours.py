@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.api import Api
-from support.noise import NOISES, measure
+from support.noise import DISK_NOISES, NOISES, WRITE, measure, noise
 from support.server import Server
 
 pytestmark = pytest.mark.box
@@ -45,3 +45,30 @@ def test_beside_a_noisy_devbox_commands_succeed_and_the_server_keeps_its_size(
     figures = measure(quiet_server, asking, neighbour, kind, rounds=1, seconds=0.4)
     assert len(figures.noisy) >= 40
     assert figures.most - figures.level <= 16 * MIB
+
+
+@pytest.mark.parametrize("kind", DISK_NOISES)
+def test_beside_a_devbox_that_wears_disks_files_can_be_written(
+    quiet_server: Server, asking: Api, neighbour: str, kind: str
+) -> None:
+    """Neither the limit of another's disk nor its haste reaches the neighbour, or `measure` fails."""
+    figures = measure(quiet_server, asking, neighbour, kind, rounds=1, seconds=0.4, work=WRITE)
+    assert len(figures.noisy) >= 40
+    assert figures.most - figures.level <= 16 * MIB
+    assert asking.output(neighbour, "stat -c %s /tmp/kept") == "65536\n"
+
+
+@pytest.mark.parametrize("kind", DISK_NOISES)
+def test_a_devbox_that_wore_its_disk_is_of_use_afterwards(asking: Api, kind: str) -> None:
+    """It runs commands, its files are read and deleted, it is kept, sleeps and wakes up again."""
+    with noise(asking, kind) as (box, stop):
+        stop()
+        assert asking.output(box, "echo runs") == "runs\n"
+        assert asking.read(box, "/tmp/begun") == "the noise has begun\n"
+        snapshot = asking.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+        asking.call("POST", f"/v1/devboxes/{box}/suspend")
+        asking.wait_box(box, "suspended")
+        asking.call("POST", f"/v1/devboxes/{box}/resume")
+        asking.wait_box(box, "running")
+        assert asking.output(box, "rm -r /tmp/* && echo again >/tmp/after && cat /tmp/after") == "again\n"
+        asking.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot}/delete")
