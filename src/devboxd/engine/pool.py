@@ -117,10 +117,10 @@ class Pool:
         """
         if self.kind != "file":
             return False
-        lacking = sum(self._promised.copy().values()) - shutil.disk_usage(self.folder).free
-        if lacking + _MARGIN <= 0:
-            return False
         with self._sizing() as file:
+            lacking = sum(self._promised.copy().values()) - shutil.disk_usage(self.folder).free
+            if lacking + _MARGIN <= 0:
+                return False
             size = os.fstat(file).st_size
             wanted = min(max(2 * size, size + lacking), self.most())
             if wanted - size < _LEAST:
