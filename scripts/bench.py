@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,36 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import bench_disks  # noqa: E402
 import bench_path  # noqa: E402
 from bench_client import Line, execute, quantile, request, times, together  # noqa: E402
+from bench_figure import Figure  # noqa: E402
 
 from support.server import Server  # noqa: E402
 
 MIB = 1 << 20
 NEW = "/v1/devboxes/create_and_await_running"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One row: what was measured, what it must be and shall become, the value and the floor of the same run."""
-
-    work: str
-    unit: str
-    must: float
-    aim: float
-    value: float
-    floor: float | None
-    floor_is: str
-    more_is_better: bool = False
-
-    def row(self) -> str:
-        """The row of the table."""
-        kept = self.value >= self.must if self.more_is_better else self.value <= self.must
-        sign = "≥" if self.more_is_better else "≤"
-        floor = "" if self.floor is None else f"{_short(self.floor)} ({self.floor_is})"
-        ratio = "" if not self.floor else f"{self.value / self.floor:.1f}"
-        value = f"{_short(self.value)} {self.unit}" if kept else f"**{_short(self.value)} {self.unit}, missed**"
-        return f"| {self.work} | {sign} {_short(self.must)} | {_short(self.aim)} | {value} | {floor} | {ratio} |"
 
 
 class Bench:
@@ -106,7 +84,7 @@ class Bench:
         self.shutdown(made)
         floor = times(lambda: _run("unshare", "--user", "--net", "--pid", "--mount", "--fork", "true"), 20)
         yield Figure(
-            "create_and_await_running and first execute, p50", "ms", 25, 15, quantile(sorted(found), 0.5),
+            "create_and_await_running and first execute, p50", "ms", 10, 5, quantile(sorted(found), 0.5),
             quantile(floor, 0.5), "unshare of four namespaces",
         )  # fmt: skip
 
@@ -277,6 +255,8 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "memory": Bench.memory,
     "many": Bench.many,
     "restart": Bench.restart,
+    "snapshot": bench_disks.snapshots,
+    "sleep": bench_disks.sleep,
 }
 HEAD = "| work | must | aim | measured | floor of the same run | ratio |\n|---|---|---|---|---|---|"
 
@@ -342,10 +322,6 @@ def _write(rows: list[str]) -> None:
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
     path.write_text("".join([before, begin, f"Measured {where}\n\n", HEAD, "\n", "\n".join(rows), "\n", end, after]))
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}" if value < 10 else f"{value:.1f}"
 
 
 def _run(*command: str) -> None:
