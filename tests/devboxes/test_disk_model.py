@@ -173,8 +173,10 @@ class Walk:
     def _compare(self, box: str) -> None:
         all_of = f"find {' '.join(PLACES)}"
         find = f"{all_of} -type f -exec sha256sum {{}} +; {all_of} -type l -printf '-> %l  %p\\n'"
-        found = self._api.output(box, find).splitlines()
-        assert sorted(found) == sorted(map(_line, self.model.running[box].items())), "\n".join(self.done)
+        execution = self._api.start(box, find)
+        found = self._api.streamed(box, execution).splitlines()  # a view ends with its last 100 lines
+        wanted = map(_line, self.model.running[box].items())
+        assert sorted(found) == sorted(wanted), f"{box} after\n" + "\n".join(step[:200] for step in self.done)
 
 
 def _line(entry: tuple[str, str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from support.api import Api
@@ -26,6 +28,8 @@ def test_a_full_disk_ends_writing_and_nothing_else(api: Api, server: Server) -> 
     assert api.output(box, "echo runs; cat /tmp/before") == "runs\nkept"
     assert api.read(box, "/tmp/before") == "kept"
     assert api.output(neighbour, "head -c 1000000 /dev/zero >/tmp/f && stat -c %s /tmp/f") == "1000000\n"
+    assert api.call("GET", f"/v1/devboxes/{box}/usage")["live"]["disk_bytes"] > 1900 << 20
+    _says(api, box, "the disk is full")
     api.call("POST", f"/v1/devboxes/{box}/suspend")
     api.wait_box(box, "suspended")
     api.call("POST", f"/v1/devboxes/{box}/resume")
@@ -33,6 +37,15 @@ def test_a_full_disk_ends_writing_and_nothing_else(api: Api, server: Server) -> 
     snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")
     assert snapshot["size_bytes"] > 1 << 30
     assert api.output(box, "rm /tmp/large /tmp/more && echo again >/tmp/after && cat /tmp/after") == "again\n"
+    _says(api, box, "the disk has room again")
     api.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot['id']}/delete")
     for one in (box, neighbour):
         api.shutdown(one)
+
+
+def _says(api: Api, box: str, words: str) -> None:
+    """Wait until the log of the devbox has these words; disks are counted a little late."""
+    deadline = time.monotonic() + 60
+    while not any(words in str(line["message"]) for line in api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]):
+        assert time.monotonic() < deadline, f"the log never says that {words}"
+        time.sleep(0.1)

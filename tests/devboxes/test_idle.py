@@ -103,6 +103,30 @@ def test_an_open_stream_and_processes_at_work_keep_it_awake(api: Api, server: Se
 
 
 @pytest.mark.box
+def test_usage_names_what_keeps_it_awake(api: Api) -> None:
+    def awake(reasons: list[str]) -> None:
+        deadline = time.monotonic() + 30
+        while (found := api.call("GET", f"/v1/devboxes/{box}/usage")["awake"]) != reasons:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+
+    box = api.create(launch_parameters={"after_idle": {"idle_time_seconds": 600, "on_idle": "shutdown"}})
+    runs = [api.start(box, "sleep 1000") for _ in range(2)]
+    awake(["2 running commands"])
+    with api.stream(box, runs[0]):
+        awake(["2 running commands", "an open stream"])
+    api.call("POST", f"/v1/devboxes/{box}/executions/{runs[0]}/kill")
+    awake(["1 running command"])
+    api.call("POST", f"/v1/devboxes/{box}/suspend")
+    api.wait_box(box, "suspended")
+    awake([])
+    api.call("POST", f"/v1/devboxes/{box}/resume")
+    api.wait_box(box, "running")
+    awake([])
+    api.shutdown(box)
+
+
+@pytest.mark.box
 def test_the_time_begins_anew_with_each_start(api: Api, server: Server) -> None:
     policy = {"idle_time_seconds": 60, "on_idle": "shutdown"}
     box = api.create(launch_parameters={"after_idle": policy})

@@ -89,7 +89,7 @@ async def wait_for_devbox(devboxes: Devboxes, call: Call, devbox_id: str, body: 
 async def retrieve_usage(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxUsageView:
     """What the devbox has used in its life, and what it uses at this moment while it lives (`live`)."""
     devbox = await devboxes.get(call.account, devbox_id)
-    return used(devbox, now_ms(), await devboxes.figures(devbox))
+    return used(devbox, now_ms(), await devboxes.figures(devbox), devboxes.awake(devbox_id))
 
 
 async def keep_alive(devboxes: Devboxes, call: Call, devbox_id: str) -> None:

@@ -285,7 +285,7 @@ class Devboxes:
     def awake(self, devbox_id: str) -> tuple[str, ...]:
         """What kept a devbox with an idle policy awake when it was last looked at."""
         life = self._lives.get(devbox_id)
-        return () if life is None else life.awake
+        return () if life is None or life.devbox.status is not Status.RUNNING else life.awake
 
     @contextmanager
     def watching(self, devbox_id: str, event: asyncio.Event) -> Iterator[None]:

@@ -16,7 +16,8 @@ from devboxd.engine.base import Figures
 class DevboxUsageView(msgspec.Struct, frozen=True):
     """Sums over the life of a devbox. Its processor and memory count while it is not suspended, its disk always.
 
-    `live` is what it uses at this moment, null unless it lives.
+    `live` is what it uses at this moment, null unless it lives. `awake` names what kept a devbox with an idle policy
+    from being idle when it was last looked at; nothing when it was idle.
     """
 
     id: str
@@ -29,9 +30,10 @@ class DevboxUsageView(msgspec.Struct, frozen=True):
     memory_gb_seconds: int
     disk_gb_seconds: int
     live: Figures | None = None
+    awake: tuple[str, ...] = ()
 
 
-def used(devbox: Devbox, now: int, live: Figures | None = None) -> DevboxUsageView:
+def used(devbox: Devbox, now: int, live: Figures | None = None, awake: tuple[str, ...] = ()) -> DevboxUsageView:
     """The usage of a devbox until its end, or until `now` (milliseconds)."""
     end = now if devbox.end_time_ms is None else devbox.end_time_ms
     active, elapsed = (time_ms // 1000 for time_ms in spans(devbox.transitions, end))
@@ -47,6 +49,7 @@ def used(devbox: Devbox, now: int, live: Figures | None = None) -> DevboxUsageVi
         memory_gb_seconds=active * size.memory_bytes // GIB,
         disk_gb_seconds=elapsed * size.disk_bytes // GIB,
         live=live,
+        awake=awake,
     )
 
 
