@@ -97,6 +97,7 @@ class OciEngine:
         self._cgroups = cgroups.find(instance.id)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        self._removals = asyncio.Semaphore(2)
         self._tending: asyncio.Task[None] | None = None
 
     async def open(self, kept: Collection[str] = ()) -> None:
@@ -165,7 +166,8 @@ class OciEngine:
     async def destroy(self, box_id: str) -> None:
         """Kill everything in the box and free all that it held."""
         slot = await self._end(box_id)
-        await finished(partial(self._disks.remove, box_id))
+        async with self._removals:  # who waits here can be cancelled, when the server stops: the next one goes on
+            await finished(partial(self._disks.remove, box_id))
         if slot is not None:
             await self._slots.release(slot)
 
