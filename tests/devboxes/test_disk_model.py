@@ -1,195 +1,216 @@
-"""Disks against a model that knows what each must hold, whatever is made, kept, forked, put to sleep, ended or killed.
+"""Disks and snapshots against a model: what the model knows is what each of them holds, whatever happened before.
 
-`MODEL_STEPS` makes it longer, CRASH_SEED repeats a run.
+DISK_STEPS=4000 goes on for longer; CRASH_SEED repeats a run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-import shlex
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support.api import Api
 from support.server import Server
+from support.tree import PREPARE, Tree, changes, differences, read_tree
 
-STEPS = int(os.environ.get("MODEL_STEPS", "70"))
-pytestmark = [pytest.mark.box, pytest.mark.timeout(120 + 5 * STEPS)]
-SNAPSHOTS = "/v1/devboxes/disk_snapshots"
-PLACES = ("/tmp/m", "/home/user/m", "/opt/m")
-MOST = 4
-
-Files = dict[str, str]
-"""Paths and what stands there: the content of a file, or `-> target` of a link."""
-
-
-@dataclass
-class Model:
-    """What there is, and what it must hold."""
-
-    running: dict[str, Files] = field(default_factory=dict)
-    asleep: dict[str, Files] = field(default_factory=dict)
-    kept: dict[str, Files] = field(default_factory=dict)
+STEPS = int(os.environ.get("DISK_STEPS", "16"))
+"""How many things happen to disks, in each of two ways to sleep."""
+_A_ROUND = 45
+"""So many steps on, everything is compared, ended and begun anew."""
+_MOST = 4
+_HASTY = 0.08
+_SNAPSHOTS = "/v1/devboxes/disk_snapshots"
+_LAUNCH = {"launch_commands": [PREPARE]}
+pytestmark = [pytest.mark.box, pytest.mark.timeout(300 + 10 * STEPS)]
 
 
-class Walk:
-    """One random sequence of steps on a server."""
+@pytest.mark.parametrize("keep", ["0", "600"], ids=["processes end asleep", "memory is kept asleep"])
+def test_each_disk_and_snapshot_holds_what_the_model_knows(keep: str) -> None:
+    seed = f"{os.environ['CRASH_SEED']}/{keep}"
+    server = Server(suspend_keep_memory_seconds=keep)
+    try:
+        server.start()
+        for number in range(0, STEPS, _A_ROUND):
+            disks = Disks(server, random.Random(f"{seed}/{number}"))
+            for _ in range(min(_A_ROUND, STEPS - number)):
+                disks.step()
+            disks.end()
+    finally:
+        server.stop()
 
-    def __init__(self, server: Server, api: Api, seed: str) -> None:
+
+class Disks:
+    """Devboxes and snapshots of a server, each with the tree that it must have. Every step is printed."""
+
+    def __init__(self, server: Server, chance: random.Random) -> None:
         self._server = server
-        self._api = api
-        self._chance = random.Random(seed)
-        self.model = Model()
-        self.done: list[str] = []
+        self._chance = chance
+        self._api = server.api()
+        self._running: dict[str, Tree] = {}
+        self._asleep: dict[str, Tree] = {}
+        self._snapshots: dict[str, Tree] = {}
+        self._ended: list[str] = []
+        first = self._api.create(launch_parameters=_LAUNCH)
+        self._fresh = read_tree(self._api, first)
+        self._running[first] = dict(self._fresh)
 
     def step(self) -> None:
-        """Any step that is possible now."""
-        model, chance = self.model, self._chance
-        steps: list[tuple[int, Callable[[], str], bool]] = [
-            (3, self.create, len(model.running) + len(model.asleep) < MOST),
-            (8, self.change, bool(model.running)),
-            (4, self.snapshot, bool(model.running) and len(model.kept) < 2 * MOST),
-            (3, self.suspend, bool(model.running)),
-            (4, self.resume, bool(model.asleep)),
-            (1, self.shutdown, bool(model.running or model.asleep)),
-            (2, self.delete, bool(model.kept)),
-            (1, self.crash, True),
+        """Let something happen by chance, and compare whom it happened to."""
+        room = len(self._running) + len(self._asleep) < _MOST
+        acts: list[tuple[int, Callable[[], None], bool]] = [
+            (1, self._create, room),
+            (4, self._fork, room and bool(self._snapshots)),
+            (8, self._change, bool(self._running)),
+            (4, self._snapshot, bool(self._running) and len(self._snapshots) < 2 * _MOST),
+            (3, self._suspend, bool(self._running)),
+            (4, self._resume, bool(self._asleep)),
+            (1, self._shutdown, not room),
+            (2, self._delete, len(self._snapshots) > 1),
         ]
-        possible = [(weight, act) for weight, act, may in steps if may]
-        (act,) = chance.choices([act for _, act in possible], [weight for weight, _ in possible])
-        self.done.append(act())
-
-    def create(self) -> str:
-        source = self._chance.choice([None, *self.model.kept])
-        box = self._api.create(**({"snapshot_id": source} if source else {}))
-        if source is None:
-            self._api.run(box, f"sudo install -d -o user {' '.join(PLACES)}")
-        self.model.running[box] = dict(self.model.kept[source]) if source else {}
-        self._compare(box)
-        return f"create {box} from {source}"
-
-    def change(self) -> str:
-        box = self._chance.choice(list(self.model.running))
-        files = self.model.running[box]
-        lines = [self._changed(files) for _ in range(self._chance.randint(1, 12))]
-        view = self._api.run(box, "set -e\n" + "\n".join(lines))
-        assert view["exit_status"] == 0, (lines, view)
-        if self._chance.random() < 0.3:
+        possible = [(weight, act) for weight, act, may in acts if may] or [(1, self._create)]
+        (act,) = self._chance.choices([act for _, act in possible], [weight for weight, _ in possible])
+        act()
+        for box in self._some(self._running):
             self._compare(box)
-        return f"change {box}: {lines}"
 
-    def _changed(self, files: Files) -> str:
-        """One change, made in the model; the command for it."""
-        chance, plain = self._chance, [path for path in files if not files[path].startswith("-> ")]
-        kind = chance.choice(["write", "write", "append", "rename", "delete", "link"])
-        if kind == "append" and plain:
-            path, more = chance.choice(plain), f"more {chance.random()}\n" * chance.randint(1, 2000)
-            files[path] += more
-            return f"printf %s {shlex.quote(more)} >>{path}"
-        if kind == "delete" and files:
-            path = chance.choice(list(files))
-            del files[path]
-            return f"rm {path}"
-        target = f"{chance.choice(PLACES)}/{'/'.join(chance.choice('abc') for _ in range(chance.randint(0, 3)))}/{kind}"
-        target = f"{os.path.normpath(target)}{chance.randint(0, 5)}"
-        begin = f"mkdir -p {os.path.dirname(target)}; rm -f {target}; "
-        if kind == "rename" and files:
-            path = chance.choice(list(files))
-            content = files.pop(path)
-            files[target] = content
-            return f"mkdir -p {os.path.dirname(target)}; [ {path} = {target} ] || mv -fT {path} {target}"
-        if kind == "link":
-            files[target] = "-> /etc/passwd"
-            return begin + f"ln -s /etc/passwd {target}"
-        files[target] = f"{chance.random()}\n" * chance.choice([0, 1, 10, 3000])
-        return begin + f"printf %s {shlex.quote(files[target])} >{target}"
+    def end(self) -> None:
+        """Compare everything, end all devboxes, delete all snapshots; nothing of them is left."""
+        for box in list(self._asleep):
+            self._ask(f"/v1/devboxes/{box}/resume")
+            self._api.wait_box(box, "running")
+            self._running[box] = self._asleep.pop(box)
+        for snapshot, tree in self._snapshots.items():
+            forks = [self._api.create(snapshot_id=snapshot, launch_parameters=_LAUNCH)]
+            self._api.output(forks[0], changes(dict(tree), self._chance, 3))
+            forks.append(self._api.create(snapshot_id=snapshot, launch_parameters=_LAUNCH))
+            self._say("compare", snapshot, "by", forks[1])
+            assert (found := differences(self._api, forks[1], tree)) == "", f"{snapshot}, seen by {forks[1]}:\n{found}"
+            self._ended += [str(self._api.shutdown(fork)["id"]) for fork in forks]
+        for box in list(self._running):
+            self._compare(box)
+            self._shutdown(box)
+        for snapshot in list(self._snapshots):
+            self._ask(f"{_SNAPSHOTS}/{snapshot}/delete")
+        for box in self._ended:
+            assert self._api.box(box)["status"] == "shutdown", f"{box} was shut down"
+        folder, deadline = self._server.state / "disks", time.monotonic() + 60
+        while (left := _names(folder)) and time.monotonic() < deadline:
+            time.sleep(0.05)  # what ended is removed in the background
+        assert not left, "disks of nobody"
+        self._api.http.close()
 
-    def snapshot(self) -> str:
-        box = self._chance.choice(list(self.model.running))
-        taken = str(self._api.call("POST", f"/v1/devboxes/{box}/snapshot_disk", {})["id"])
-        self.model.kept[taken] = dict(self.model.running[box])
-        return f"snapshot {taken} of {box}"
+    # what happens
 
-    def suspend(self) -> str:
-        box = self._chance.choice(list(self.model.running))
-        self._api.call("POST", f"/v1/devboxes/{box}/suspend")
-        if self._chance.random() < 0.8:
-            self._api.wait_box(box, "suspended")
-        self.model.asleep[box] = self.model.running.pop(box)
-        return f"suspend {box}"
+    def _create(self) -> None:
+        self._begun(self._ask("/v1/devboxes", {"launch_parameters": _LAUNCH}), dict(self._fresh))
 
-    def resume(self) -> str:
-        box = self._chance.choice(list(self.model.asleep))
-        self._api.wait_box(box, "suspended")
-        self._api.call("POST", f"/v1/devboxes/{box}/resume")
-        self._api.wait_box(box, "running")
-        self.model.running[box] = self.model.asleep.pop(box)
+    def _fork(self) -> None:
+        (snapshot,) = self._some(self._snapshots)
+        body = {"snapshot_id": snapshot, "launch_parameters": _LAUNCH}
+        self._begun(self._ask("/v1/devboxes", body), dict(self._snapshots[snapshot]))
+
+    def _begun(self, view: Any, tree: Tree) -> None:
+        self._maybe_crash()
+        self._reach(view["id"], "running")
+        self._running[view["id"]] = tree
+        self._compare(view["id"])
+
+    def _change(self) -> None:
+        (box,) = self._some(self._running)
+        command = changes(self._running[box], self._chance, self._chance.randrange(1, 7))
+        execution = self._ask(f"/v1/devboxes/{box}/execute_async", {"command": command})["execution_id"]
+        self._maybe_crash()
+        view = self._api.wait(box, execution)
+        assert view["exit_status"] == 0, view
+
+    def _snapshot(self) -> None:
+        """One or some at once; at a crash each is taken or not."""
+        (box,) = self._some(self._running)
+        path = f"/v1/devboxes/{box}/snapshot_disk_async"
+        begun = [self._ask(path, {})["id"] for _ in range(self._chance.randrange(1, 3))]
+        crashed = self._maybe_crash()
+        for snapshot in begun:
+            told = self._settled(snapshot)
+            if crashed and told["status"] == "error":
+                assert told["error_message"], told
+                self._say(snapshot, "ended as", told["error_message"])
+            else:
+                assert told["status"] == "complete", told
+                self._snapshots[snapshot] = dict(self._running[box])
+
+    def _suspend(self) -> None:
+        (box,) = self._some(self._running)
+        self._ask(f"/v1/devboxes/{box}/suspend")
+        self._asleep[box] = self._running.pop(box)
+        self._maybe_crash()
+        self._reach(box, "suspended")
+
+    def _resume(self) -> None:
+        (box,) = self._some(self._asleep)
+        self._ask(f"/v1/devboxes/{box}/resume")
+        self._running[box] = self._asleep.pop(box)
+        self._maybe_crash()
+        self._reach(box, "running")
         self._compare(box)
-        return f"resume {box}"
 
-    def shutdown(self) -> str:
-        box = self._chance.choice([*self.model.running, *self.model.asleep])
-        if box in self.model.asleep:
-            self._api.wait_box(box, "suspended")
-        self._api.shutdown(box)
-        self.model.running.pop(box, None)
-        self.model.asleep.pop(box, None)
-        return f"shutdown {box}"
+    def _shutdown(self, box: str | None = None) -> None:
+        """Of one that runs or sleeps."""
+        box = box or self._some({**self._running, **self._asleep})[0]
+        self._ask(f"/v1/devboxes/{box}/shutdown")
+        self._running.pop(box, None)
+        self._asleep.pop(box, None)
+        self._ended.append(box)
+        self._maybe_crash()
 
-    def delete(self) -> str:
-        snapshot = self._chance.choice(list(self.model.kept))
-        self._api.call("POST", f"{SNAPSHOTS}/{snapshot}/delete")
-        del self.model.kept[snapshot]
-        return f"delete {snapshot}"
+    def _delete(self) -> None:
+        """Also while its last box is being made: then it waits for that."""
+        (snapshot,) = self._some(self._snapshots)
+        self._ask(f"{_SNAPSHOTS}/{snapshot}/delete")
+        del self._snapshots[snapshot]
+        self._maybe_crash()
+        assert self._settled(snapshot)["status"] == "deleted"
 
-    def crash(self) -> str:
+    # means
+
+    def _some(self, of: dict[str, Tree]) -> list[str]:
+        return [self._chance.choice(list(of))] if of else []
+
+    def _ask(self, path: str, body: Any = None) -> Any:
+        view = self._api.call("POST", path, body)
+        self._say(path, body or "", "->", (view or {}).get("id") or (view or {}).get("execution_id") or "")
+        return view
+
+    def _maybe_crash(self) -> bool:
+        """At times the server dies at once after its answer, or a moment later."""
+        if self._chance.random() >= _HASTY:
+            return False
+        time.sleep(self._chance.choice([0, 0, 0.01, 0.03]))  # the moment is what varies here
+        self._say("crash")
+        self._api.http.close()
         self._server.restart()
-        for box in self.model.running:
-            self._api.wait_box(box, "running")
-        return "crash"
+        self._api = self._server.api()
+        return True
 
-    def finish(self) -> None:
-        """Compare all that there is: every disk, and a disk from every snapshot."""
-        for box in list(self.model.running):
-            self._compare(box)
-            self._api.shutdown(box)
-        for box, files in self.model.asleep.items():
-            self._api.wait_box(box, "suspended")
-            self._api.call("POST", f"/v1/devboxes/{box}/resume")
-            self._api.wait_box(box, "running")
-            self.model.running[box] = files
-            self._compare(box)
-            self._api.shutdown(box)
-        for snapshot, files in self.model.kept.items():
-            box = self._api.create(snapshot_id=snapshot)
-            self.model.running[box] = files
-            self._compare(box)
-            self._api.shutdown(box)
+    def _reach(self, box: str, status: str) -> None:
+        assert self._api.wait_box(box, status, "failure")["status"] == status, self._api.box(box)
+
+    def _settled(self, snapshot: str) -> Any:
+        deadline = time.monotonic() + 60
+        while (told := self._api.call("GET", f"{_SNAPSHOTS}/{snapshot}/status"))["status"] == "in_progress":
+            assert time.monotonic() < deadline, f"{snapshot} is never settled"
+            time.sleep(0.01)  # it has no operation that waits
+        return told
 
     def _compare(self, box: str) -> None:
-        all_of = f"find {' '.join(PLACES)}"
-        find = f"{all_of} -type f -exec sha256sum {{}} +; {all_of} -type l -printf '-> %l  %p\\n'"
-        execution = self._api.start(box, find)
-        found = self._api.streamed(box, execution).splitlines()  # a view ends with its last 100 lines
-        wanted = map(_line, self.model.running[box].items())
-        assert sorted(found) == sorted(wanted), f"{box} after\n" + "\n".join(step[:200] for step in self.done)
+        assert (found := differences(self._api, box, self._running[box])) == "", f"{box}:\n{found}"
+
+    def _say(self, *words: Any) -> None:
+        print(f"{time.strftime('%H:%M:%S')}", *words)
 
 
-def _line(entry: tuple[str, str]) -> str:
-    path, content = entry
-    return f"{content if content.startswith('-> ') else hashlib.sha256(content.encode()).hexdigest()}  {path}"
-
-
-def test_every_disk_holds_what_was_written_to_it(own_server: Server) -> None:
-    seed = os.environ["CRASH_SEED"]
-    with own_server.api() as api:
-        walk = Walk(own_server, api, seed)
-        for _ in range(STEPS):
-            walk.step()
-        walk.finish()
-        left = {path.name for path in (own_server.state / "disks").iterdir() if path.name.startswith("snp_")}
-        assert left == set(walk.model.kept), "a snapshot was lost, or one that was deleted is still there"
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
