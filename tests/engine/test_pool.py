@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +134,52 @@ def _fill(folder: Path) -> None:
         with contextlib.suppress(OSError):
             for number in itertools.count():
                 os.setxattr(folder / "data", f"user.{size}.{number}", bytes(size))
+
+
+_GROWING = """
+import os, signal, sys
+from pathlib import Path
+from devboxd.engine import pool
+
+found, steps, lines = pool.Pool(Path(sys.argv[1])), int(sys.argv[2]), 0
+found.open()
+
+def trace(frame, event, argument):
+    global lines
+    if frame.f_code.co_filename.endswith(("engine/pool.py", "engine/btrfs.py")):
+        lines += event == "line"
+        if lines == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+sys.settrace(trace)
+found.grow()
+"""
+
+
+def test_a_growth_that_a_kill_cut_is_finished_where_there_is_no_more_room(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program dies at one line after the other, until it lives to the end; the next one has all of the file."""
+    found = pool.Pool(state)
+    found.open()
+    (found.folder / "kept").write_text("kept" * 100_000)
+    done, step, cut = False, 0, 0
+    while not done:
+        step += 3
+        done = subprocess.run([sys.executable, "-c", _GROWING, state, str(step)], check=False).returncode == 0
+        cut += shutil.disk_usage(found.folder).total < found.file.stat().st_size
+        if step % 2:  # as after a restart of the machine
+            found.close()
+        found.open()
+        with monkeypatch.context() as full:
+            full.setattr(pool, "reserve", lambda total: total)
+            found.grow()
+        assert shutil.disk_usage(found.folder).total == found.file.stat().st_size
+        assert (found.folder / "kept").read_text() == "kept" * 100_000
+        found.close()
+        if found.file.stat().st_size > GIB and not done:
+            found.file.unlink()
+            found.open()
+            (found.folder / "kept").write_text("kept" * 100_000)
+    assert cut, "no kill came between the file and what is in it"
