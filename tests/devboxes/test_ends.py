@@ -87,6 +87,25 @@ def test_a_box_whose_first_process_died_while_the_server_was_down_says_so(own_se
         assert api.output(neighbour, "echo on") == "on\n"
 
 
+def test_a_resume_whose_first_process_died_while_the_server_was_down_keeps_the_disk(own_server: Server) -> None:
+    with own_server.api() as api:
+        box = api.create(launch_parameters={"launch_commands": ["test ! -e slow || sleep 80"]})
+        api.run(box, "echo kept >file; touch slow")
+        api.call("POST", f"/v1/devboxes/{box}/suspend")
+        api.wait_box(box, "suspended")
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "initializing")
+    agent = own_server.agent(box)
+    own_server.kill()
+    os.kill(agent, signal.SIGKILL)
+    own_server.start()
+    with own_server.api() as api:
+        view = api.wait_box(box, "suspended", "failure")
+        assert view["status"] == "suspended", view
+        assert "its first process ended while the server was down" in view["state_transitions"][-1]["failure_reason"]
+    assert (own_server.state / "disks" / box / "upper/home/user/file").read_text() == "kept\n"
+
+
 def test_a_box_whose_runtime_is_killed_in_the_middle_of_its_making_says_so(tmp_path: Path) -> None:
     runtime = Runtime("crun", tmp_path)
     server = Server(runtime=str(runtime.path))

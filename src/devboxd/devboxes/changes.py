@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.states import TERMINAL, Effect, Event, Refusal, Status, step
+from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
@@ -51,6 +51,11 @@ class Life:
     """What kept it awake when it was last looked at."""
     snapshots: set[str] = field(default_factory=set)
     """The snapshots that are being taken of it."""
+
+    @property
+    def resuming(self) -> bool:
+        """Whether it slept before and is being made again: if that fails it sleeps on."""
+        return self.devbox.boots > 0 and self.devbox.status in LIVE - {Status.RUNNING}
 
     def update(self, devbox: Devbox) -> None:
         """Take the new record and wake everybody who waits for a change."""

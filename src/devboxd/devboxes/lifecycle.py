@@ -109,7 +109,8 @@ class Devboxes:
         text = f"{_RESTARTED} and the devbox ended with it"
         if not rebooted:
             text = "its first process ended while the server was down"
-        await self._changes.happen(life, Event.BOX_ENDED, BoxFailure("execution_failed", text))
+        event = Event.RESUME_FAILED if life.resuming and not rebooted else Event.BOX_ENDED
+        await self._changes.happen(life, event, BoxFailure("execution_failed", text))
 
     async def close(self) -> None:
         """Stop supervising; the boxes go on. Devboxes that have ended are freed first, as far as that is quick."""

@@ -233,8 +233,7 @@ class Supervisor:
 
     async def _fail(self, life: Life, failure: BoxFailure) -> None:
         """A devbox that cannot be resumed goes back to sleep: its disk is worth more than its processes."""
-        again = life.devbox.boots > 0 and life.devbox.status is not Status.RUNNING
-        await self._changes.happen(life, Event.RESUME_FAILED if again else Event.FAILED, failure)
+        await self._changes.happen(life, Event.RESUME_FAILED if life.resuming else Event.FAILED, failure)
 
     async def _boot(self, life: Life) -> None:
         devbox = life.devbox
