@@ -204,8 +204,7 @@ class Bench:
         with self.line() as line:
             found = times(lambda: self.execute(line, boxes[250]), 300)
             lone = quantile(found, 0.5)
-        self.shutdown(boxes)
-        self._until_gone(boxes)
+        self.end(boxes)
         with self.line() as line:
             alone = quantile(times(lambda: self.execute(line, self.box), 300), 0.5)
         yield Figure("execute of true among 500 live boxes, p50", "ms", 3.5, 2, lone, alone, "with one box")
@@ -235,6 +234,11 @@ class Bench:
             "SIGKILL with 200 running commands: ready again, nothing lost", "s", 3, 1, took,
             quantile(floor, 0.5) / 1000, "import of the program",
         )  # fmt: skip
+
+    def end(self, boxes: list[str]) -> None:
+        """End devboxes and wait until nothing is left of them, so that the next figure is its own."""
+        self.shutdown(boxes)
+        self._until_gone(boxes)
 
     def _until_gone(self, boxes: list[str]) -> None:
         folder = self.server.boxes

@@ -38,7 +38,7 @@ def snapshots(bench: Bench) -> Iterator[Figure]:
             found += times(once, 1)
             time.sleep(0.1)  # as people ask: now and then
         yield _figure("devbox from that snapshot to the end of its first command", 40, 20, found)
-        bench.shutdown([*made, box])
+        bench.end([*made, box])
         for snapshot in taken:
             line.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot}/delete", {})
 
@@ -53,7 +53,7 @@ def sleep(bench: Bench) -> Iterator[Figure]:
         box = bench.create()
         bench.execute(line, box, _MUCH)
         pairs = [_slept(bench, line, box) for _ in range(_ROUNDS)]
-        bench.shutdown([box])
+        bench.end([box])
     yield _figure("suspend of a devbox with 1 GB changed", 500, 100, [one for one, _ in pairs])
     yield _figure("resume of it to the end of the first command", 60, 20, [one for _, one in pairs])
     server = Server(suspend_keep_memory_seconds="600", warm_boxes="2").start()
