@@ -24,6 +24,8 @@ PATIENCE_S = 120.0
 _COME_AGAIN = (408, 503)
 _OUTSTANDING = 6
 _UPLOAD = 300_000
+_SNAPSHOTS = "/v1/devboxes/disk_snapshots"
+_KEPT = 6
 
 
 @dataclass
@@ -64,6 +66,12 @@ class Notes:
     """The words that commands wrote into a file of the box, by the path of the file, in the order of their start."""
     files: dict[str, bytes] = field(default_factory=dict)
     """The contents of files that were uploaded, by path."""
+    diaries: dict[str, list[str]] = field(default_factory=dict)
+    """What devboxes that are kept or put to sleep wrote down, line by line."""
+    snapshots: dict[str, list[str]] = field(default_factory=dict)
+    """The diaries of complete snapshots."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The devboxes of snapshots."""
 
 
 def counted(word: str, lines: int) -> str:
@@ -78,14 +86,24 @@ class Client:
         self._server = server
         self.api: Api = server.api()
 
-    def ask(self, path: str, body: Any = None, **options: Any) -> Any:
-        """POST until it is answered, always under the same id; the decoded answer."""
+    def look(self, path: str) -> Any:
+        """GET until it is answered; the decoded answer."""
+        for _ in self._tries():
+            with contextlib.suppress(httpx.TransportError):
+                answer = self.api.http.get(path)
+                if answer.status_code not in _COME_AGAIN:
+                    assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}"
+                    return answer.json()
+        raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
+
+    def ask(self, path: str, body: Any = None, refused: int = 200, **options: Any) -> Any:
+        """POST until it is answered, always under the same id, with 200 or `refused`; the decoded answer."""
         headers = {"x-request-id": str(uuid.uuid4())}
         for _ in self._tries():
             with contextlib.suppress(httpx.TransportError):
                 answer = self.api.http.post(path, json=body, headers=headers, **options)
                 if answer.status_code not in _COME_AGAIN:
-                    assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}"
+                    assert answer.status_code in (200, refused), f"{path}: {answer.status_code} {answer.text[:500]}"
                     return answer.json()
         raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
 
@@ -153,6 +171,8 @@ class Load:
             "other maker": _make,
             "writer": _write,
             "follower": _follow,
+            "keeper": _keep,
+            "sleeper": _sleep,
         }
         for name, act in acts.items():
             thread = threading.Thread(target=self._work, args=(name, act), name=name, daemon=True)
@@ -193,6 +213,7 @@ class Load:
             left = api.output(self.box, "find ~ /tmp -name '.devboxd-*'")
             assert left == "", f"temporary files of uploads: {left}"
             self._check_boxes(api)
+            self._check_disks(api)
             spools = list((self._server.state / "journals" / self.box).glob("*.stdin"))
             assert spools == [], "texts that nobody will read any more"
             api.shutdown(self.box)
@@ -205,6 +226,20 @@ class Load:
             assert names.count(name) == 1, f"{names.count(name)} devboxes are called {name}"
             assert (views[box]["status"], views[box]["shutdown_reason"]) == ("shutdown", "api_shutdown"), views[box]
         assert sorted(self.notes.ended) == sorted(self.notes.boxes.values())
+
+    def _check_disks(self, api: Api) -> None:
+        """Each diary is whole, in its devbox and in devboxes from snapshots; no other snapshot is left."""
+        for snapshot, lines in self.notes.snapshots.items():
+            box = api.create(snapshot_id=snapshot)
+            assert api.streamed(box, api.start(box, "cat diary")).splitlines() == lines, snapshot
+            api.shutdown(box)
+        for box, lines in self.notes.diaries.items():
+            assert api.streamed(box, api.start(box, "cat diary")).splitlines() == lines, box
+            found = api.call("GET", _SNAPSHOTS, params={"devbox_id": box, "limit": 1000})["snapshots"]
+            assert {view["id"] for view in found} == {s for s in self.notes.snapshots if self.notes.sources[s] == box}
+            api.shutdown(box)
+        for snapshot in self.notes.snapshots:
+            api.call("POST", f"{_SNAPSHOTS}/{snapshot}/delete")
 
 
 def _check_execution(api: Api, started: Started) -> None:
@@ -225,6 +260,8 @@ class Actor:
     notes: Notes
     chance: random.Random
     number: int = 0
+    own: str | None = None
+    """A devbox that nobody else uses."""
     open: list[Started] = field(default_factory=list)
 
     @property
@@ -314,6 +351,49 @@ def _make(actor: Actor) -> None:
     actor.wait(actor.start(started, "ran", "ran"))
     assert actor.client.ask(f"/v1/devboxes/{box}/shutdown")["status"] == "shutdown"
     actor.notes.ended.append(box)
+
+
+def _write_diary(actor: Actor) -> list[str]:
+    """Write a line into the diary of the actor's own devbox, which is made when there is none; the whole diary."""
+    word = actor.word()
+    if actor.own is None:
+        view = actor.client.ask("/v1/devboxes", {"name": f"{actor.name} of {actor.box}"})
+        actor.own = str(view["id"])
+        actor.client.wait(f"/v1/devboxes/{actor.own}", "running")
+        actor.notes.diaries[actor.own] = []
+    view = actor.client.ask(f"/v1/devboxes/{actor.own}/execute_async", {"command": f"echo {word} >>diary"})
+    ended = actor.client.wait(f"/v1/devboxes/{actor.own}/executions/{view['execution_id']}", "completed")
+    assert ended["exit_status"] == 0, ended
+    actor.notes.diaries[actor.own].append(word)
+    return actor.notes.diaries[actor.own]
+
+
+def _keep(actor: Actor) -> None:
+    """Keep the disk as it is; a snapshot is complete in the end, or says why not. Old ones are deleted."""
+    lines = list(_write_diary(actor))
+    snapshot = actor.client.ask(f"/v1/devboxes/{actor.own}/snapshot_disk_async", {})["id"]
+    seen: dict[str, Any] = {"status": "in_progress"}
+    while seen["status"] == "in_progress":
+        seen = actor.client.look(f"{_SNAPSHOTS}/{snapshot}/status")
+    if seen["status"] == "complete":
+        assert actor.own is not None
+        actor.notes.sources[snapshot] = actor.own
+        actor.notes.snapshots[snapshot] = lines
+    else:
+        assert (seen["status"], bool(seen["error_message"])) == ("error", True), seen
+    if len(actor.notes.snapshots) > _KEPT:
+        old = actor.chance.choice(list(actor.notes.snapshots))
+        del actor.notes.snapshots[old]
+        actor.client.ask(f"{_SNAPSHOTS}/{old}/delete")
+
+
+def _sleep(actor: Actor) -> None:
+    """Put a devbox to sleep and wake it up; its disk stays."""
+    _write_diary(actor)
+    for verb, status in (("suspend", "suspended"), ("resume", "running")):
+        path = f"/v1/devboxes/{actor.own}"
+        actor.client.ask(f"{path}/{verb}", refused=400)  # asked again after a kill, it may be so already
+        assert actor.client.wait(path, status)["status"] == status
 
 
 def _write(actor: Actor) -> None:
