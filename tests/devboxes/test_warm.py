@@ -36,6 +36,10 @@ def waiting(server: Server, number: int) -> set[str]:
 def test_a_devbox_takes_a_box_that_waits_and_is_like_any_other(server: Server) -> None:
     ahead = waiting(server, 2)
     with server.api() as api:
+        deadline = time.monotonic() + 60
+        while "devboxd_warm_boxes 2.0\n" not in api.http.get("/metrics").text:  # whole a moment before it is counted
+            assert time.monotonic() < deadline, server.tail()
+            time.sleep(0.02)
         first = api.create(
             environment_variables={"WORD": "own"},
             file_mounts={"/tmp/f": "mounted"},

@@ -283,6 +283,11 @@ class Devboxes:
             for life in self._lives.values()
         )
 
+    @property
+    def waiting(self) -> int:
+        """How many boxes wait for a create."""
+        return self._warm.ready
+
     def awake(self, devbox_id: str) -> tuple[str, ...]:
         """What kept a devbox with an idle policy awake when it was last looked at."""
         life = self._lives.get(devbox_id)

@@ -73,6 +73,7 @@ class Metrics(Collector):
         now: Counts = Counter((str(status),) for status in self._devboxes.living())
         yield _gauge("devboxd_devboxes", "Devboxes that have not been freed", now, "status")
         yield _counter("devboxd_devboxes_created", "Devboxes made by this server", {(): self._devboxes.created})
+        yield _gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): self._devboxes.waiting})
         ended = self._changes.ended
         yield _counter("devboxd_devboxes_ended", "Devboxes that ended, and why", ended, "status", "reason")
         text = "Processes of devboxes that the kernel killed for lack of memory"
