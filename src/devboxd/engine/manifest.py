@@ -9,9 +9,16 @@ from pathlib import Path
 
 from devboxd.engine.base import EngineError
 
+_SAID = 4096
 _ARCHIVE = (
     *("nice", "tar", "--create", "--file=-", "--sort=name", "--numeric-owner", "--sparse", "--sparse-version=0.0"),
-    *("--format=pax", "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime", "--xattrs", "--xattrs-include=*"),
+    *(
+        "--format=pax",
+        "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime",
+        "--xattrs",
+        "--xattrs-include=*",
+        "--warning=none",
+    ),
 )
 """Of the same files always the same bytes: holes and order do not count, nor when a file was read."""
 
@@ -34,7 +41,8 @@ async def digest(folder: Path) -> str:
         finally:
             os.close(reading)
             os.close(writing)
-        (_, said), (found, _) = await asyncio.gather(*(process.communicate() for process in running))
+        archive, hashed = running
+        said, (found, _), _ = await asyncio.gather(_end_of(archive), hashed.communicate(), archive.wait())
     except OSError as error:
         raise EngineError(f"cannot read {folder} as a whole: {error}; tar and sha256sum are needed") from error
     finally:
@@ -46,3 +54,11 @@ async def digest(folder: Path) -> str:
         words = said.decode(errors="replace").strip().splitlines() or ["no reason was given"]
         raise EngineError(f"cannot read {folder} as a whole: {words[-1]}")
     return found.split()[0].decode()
+
+
+async def _end_of(process: Process) -> bytes:
+    """The end of what a process says: it quotes names that a box has chosen, as many as the box likes."""
+    end = b""
+    while process.stderr is not None and (more := await process.stderr.read(_SAID)):
+        end = (end + more)[-_SAID:]
+    return end

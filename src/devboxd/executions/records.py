@@ -26,6 +26,7 @@ from devboxd.store.db import Store
 
 _MOST_SHELLS = 256
 _MOST_BYTES = 4 << 20
+_MOST_TOGETHER = 16 << 20
 _MOST_SECONDS = 10.0
 _WHOLE = re.compile(rb"\A# (\d{1,15})\n(?:.*\n)?#end\n\Z", re.DOTALL)
 _log = structlog.get_logger()
@@ -41,12 +42,13 @@ class Records:
     async def keep(self, box: Box) -> None:
         """Read the last whole record of each named shell out of a box that is about to end. What fails is logged."""
         try:
+            left = _MOST_TOGETHER
             async with asyncio.timeout(_MOST_SECONDS):
                 for name in await self._store.read(lambda c: rows.shells(c, box.id, _MOST_SHELLS)):
                     key = shell_key(name)
                     found = [await _read(box, f"/run/devboxd/s/{key}/{number}") for number in (0, 1)]
                     newest = max(found, key=_number)
-                    if _number(newest):
+                    if _number(newest) and (left := left - len(newest)) >= 0:
                         await finished(partial(self._write, box.id, key, newest))
         except (ApiError, AgentError, AgentClosedError, OSError, TimeoutError) as error:
             _log.warning("cannot keep the state of all named shells", id=box.id, error=str(error))
