@@ -11,6 +11,7 @@ import devboxd
 ROOT = Path(devboxd.__file__).parent
 RESOURCES = {"devboxes", "executions", "blueprints", "access", "resources"}
 BASE = {
+    "boot",
     "budget",
     "http",
     "agent",
@@ -25,7 +26,7 @@ BASE = {
     "probes",
     "remote",
 }
-TOP = {"routes", "app", "cli", "doctor", "storage"}
+TOP = {"routes", "app", "cli", "doctor", "storage", "backup"}
 
 
 def modules() -> dict[str, ast.Module]:

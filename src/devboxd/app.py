@@ -12,13 +12,12 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
 
-from devboxd import logs, systemd
+from devboxd import boot, logs, systemd
 from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.config import Settings
@@ -54,7 +53,6 @@ from devboxd.store.db import FILE_NAME, Store
 from devboxd.tasks import Tasks
 
 _log = structlog.get_logger()
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _LINGER_S = 1.0
 """How long a stopping server still answers, so that clients that come back at once are told to wait."""
 _DRAIN_S = 1.5
@@ -216,10 +214,9 @@ async def _start(
     stack.push_async_callback(engine.close)
     stack.push_async_callback(devboxes.close)
     stack.push_async_callback(snapshots.close)
-    boot = settings.state / "boot-id"
-    await devboxes.open(_rebooted(boot))
+    await devboxes.open(boot.interruption(settings.state))
     await snapshots.open()
-    _remember_boot(boot)
+    boot.remember(settings.state)
     ready.state = None
     systemd.notify("READY=1")
     _log.info("ready", url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
@@ -246,15 +243,3 @@ async def _listening(
                 await serving
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
-
-
-def _rebooted(path: Path) -> bool:
-    """Whether the machine was started anew since a server last used this state folder."""
-    return path.exists() and path.read_text() != _BOOT_ID.read_text()
-
-
-def _remember_boot(path: Path) -> None:
-    """Note this run of the machine, once every devbox that ended with the last one says so."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(_BOOT_ID.read_text())
-    temporary.replace(path)

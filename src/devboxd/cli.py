@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -119,7 +119,9 @@ def serve(
             " (`devboxd systemd-unit` prints a unit)"
         )
     from devboxd import doctor
+    from devboxd.backup import check_not_cut
 
+    check_not_cut(settings.state)
     if refusals := list(doctor.required(settings)):
         for refusal in refusals:
             _refuse(str(refusal))
@@ -237,6 +239,13 @@ def image_build(config: Path | None) -> None:
 
     The server does the same at its first start.
     """
+    from devboxd.engine.images import Images
+
+    click.echo(_shown(Images(_settings(config)).ensure_default).name)
+
+
+def _shown(work: Callable[[Callable[[float, str], None]], Coroutine[Any, Any, T]]) -> T:
+    """Do something that takes its time, with a bar on standard error."""
     import asyncio
 
     from rich.console import Console
@@ -244,7 +253,6 @@ def image_build(config: Path | None) -> None:
 
     from devboxd import logs
     from devboxd.engine.base import EngineError
-    from devboxd.engine.images import Images
 
     logs.configure("auto")
     columns = (
@@ -260,10 +268,9 @@ def image_build(config: Path | None) -> None:
             bar.update(task, completed=done, description=text)
 
         try:
-            built = asyncio.run(Images(_settings(config)).ensure_default(show))
+            return asyncio.run(work(show))
         except EngineError as error:
             raise SetupError(str(error)) from error
-    click.echo(built.name)
 
 
 @cli.group()
@@ -318,6 +325,57 @@ def storage_check(config: Path | None, state: Path | None) -> None:
     from devboxd import storage as module
 
     sys.exit(module.check(_settings(config, state=state).state))
+
+
+_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_secrets = click.option(
+    "--secrets",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder apart from the backup for what opens other things; left out if not given.",
+)
+
+
+@cli.command("backup")
+@_folder
+@_secrets
+@_config
+@_state
+def backup_command(folder: Path, secrets: Path | None, config: Path | None, state: Path | None) -> None:
+    """Write a backup into DIR.
+
+    On the server's machine, as root, while the server runs or not. DIR must be empty or missing. It then holds the
+    store, the output of executions, the disks of devboxes, snapshots, and the images that they lie on, each as of one
+    instant. The exit code is 1 when something had to be left out.
+    """
+    from devboxd import backup as module
+
+    contents = _shown(lambda tell: module.backup(_settings(config, state=state), folder, secrets, tell))
+    missing = {name: why for name, why in contents.left_out.items() if why != module.DELETED}
+    sys.exit(_missing("left out", missing))
+
+
+@cli.command("restore")
+@_folder
+@_secrets
+@_config
+@_state
+def restore_command(folder: Path, secrets: Path | None, config: Path | None, state: Path | None) -> None:
+    """Make a server's folder out of a backup.
+
+    The folder must be empty or missing; name another one with --state. Devboxes that ran are suspended afterwards, for
+    their processes are not in the backup. The exit code is 1 when something could not be brought back.
+    """
+    from devboxd import backup as module
+
+    lost = _shown(lambda tell: module.restore(_settings(config, state=state), folder, secrets, tell))
+    sys.exit(_missing("not restored", lost))
+
+
+def _missing(fate: str, names: dict[str, str]) -> int:
+    for name, why in names.items():
+        click.echo(f"{fate}: {name}: {why}", err=True)
+    return 1 if names else 0
 
 
 @cli.command("systemd-unit")

@@ -44,12 +44,12 @@ def status(state: Path) -> Status:
     """Look at the pool, which may be in use. Raises SetupError where there is none yet, or one may not look."""
     pool = _found(state)
     host = shutil.disk_usage(state)
-    is_file, shown = pool.file.exists(), pool.mounted
-    kind: Kind = "file" if is_file else "btrfs" if probes.file_system(state)[0] == "btrfs" else "folders"
+    pool.look()
+    is_file, shown = pool.kind == "file", pool.mounted
     usage = shutil.disk_usage(pool.folder) if shown or not is_file else None
     disks = Disks(pool) if usage else None
     return Status(
-        kind,
+        pool.kind,
         str(pool.folder),
         shown,
         usage.total if usage else pool.file.stat().st_size,

@@ -138,11 +138,11 @@ def _restart_the_machine(server: Server) -> None:
     (server.state / "boot-id").write_text("another run\n")
 
 
-def _found(server: Server) -> list[tuple[int, int, bool]]:
-    """What each start said about devboxes of earlier servers: living, ended meanwhile, and whether by a reboot."""
+def _found(server: Server) -> list[tuple[int, int, str | None]]:
+    """What each start said about devboxes of earlier servers: living, ended meanwhile, and what came between."""
     lines = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     found = [line for line in lines if line["event"] == "devboxes of an earlier server"]
-    return [(line["live"], line["ended_meanwhile"], line["host_was_restarted"]) for line in found]
+    return [(line["live"], line["ended_meanwhile"], line["interruption"]) for line in found]
 
 
 def test_a_reboot_of_the_host_ends_processes_and_keeps_disks(own_server: Server) -> None:
@@ -177,7 +177,7 @@ def test_a_reboot_of_the_host_ends_processes_and_keeps_disks(own_server: Server)
         api.call("POST", f"/v1/devboxes/{box}/resume")
         api.wait_box(box, "running")
         assert api.output(box, "cat file") == "kept\n"
-    assert _found(own_server) == [(0, 0, False), (0, 2, True), (0, 0, False)]
+    assert _found(own_server) == [(0, 0, None), (0, 2, "the host was restarted"), (0, 0, None)]
 
 
 def test_a_reboot_that_took_the_disk_fails_the_box_with_that_reason(own_server: Server) -> None:
@@ -191,5 +191,5 @@ def test_a_reboot_that_took_the_disk_fails_the_box_with_that_reason(own_server: 
         view = api.wait_box(box, "failure")
         assert view["failure_reason"] == "execution_failed"
         reason = view["state_transitions"][-1]["failure_reason"]
-        assert reason == "the host was restarted and the devbox ended with it"
+        assert reason == "the host was restarted, and the devbox ended with that"
     assert not (own_server.state / "disks" / box).exists(), "its disk is freed"

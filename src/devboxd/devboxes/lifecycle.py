@@ -36,7 +36,6 @@ from devboxd.store.db import Store, StoreError
 from devboxd.tasks import Tasks
 
 _log = structlog.get_logger()
-_RESTARTED = "the host was restarted"
 _MEASURE_S = 1.0
 _MEASURE_SHARE = 50
 """Measuring journals takes at most this part of the time."""
@@ -80,36 +79,42 @@ class Devboxes:
         """The devboxes whose disks are still wanted."""
         return {devbox.id for devbox in await self._store.read(rows.unfinished) if devbox.status not in TERMINAL}
 
-    async def open(self, rebooted: bool) -> None:
-        """Reconcile the store with the machine, then supervise every devbox that is not over."""
+    async def open(self, interruption: str | None) -> None:
+        """Reconcile the store with the machine, then supervise every devbox that is not over.
+
+        `interruption`: why no box can be alive, in words.
+        """
         alive = await self._engine.boxes()
         gone = 0
         for devbox in await self._store.read(rows.unfinished):
             life = self._lives[devbox.id] = Life(devbox)
             if devbox.status in LIVE - {Status.PROVISIONING} and not alive.get(devbox.id):
-                await self._missed(life, rebooted)
+                await self._missed(life, interruption)
                 gone += 1
+            elif _slept(life) and not self._engine.has_disk(devbox.id):
+                text = "its disk is gone" if interruption is None else f"{interruption}, without its disk"
+                await self._changes.happen(life, Event.DISK_LOST, BoxFailure("execution_failed", text))
             life.frozen = devbox.status is Status.SUSPENDED and alive.get(devbox.id, False)
             await self._executions.adopt(self._supervisor.box(devbox))  # before the first request asks for what ran
             self._begin(life)
         for box_id in alive.keys() - self._lives.keys():
             self._tasks.start(self._engine.destroy(box_id), f"remove {box_id}")
         lives = sum(life.devbox.status in LIVE for life in self._lives.values())
-        _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, host_was_restarted=rebooted)
+        _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, interruption=interruption)
         self._tasks.start(self._sweep(), "sweep")
         self._tasks.start(self._measure(), "measuring journals")
         self._tasks.start(self._warm.fill(), "warm boxes")
 
-    async def _missed(self, life: Life, rebooted: bool) -> None:
+    async def _missed(self, life: Life, interruption: str | None) -> None:
         """A box has ended while no server looked."""
-        if rebooted and self._engine.has_disk(life.devbox.id):
-            text = f"{_RESTARTED}; its processes ended with it, its disk is whole: resume it"
+        if interruption and self._engine.has_disk(life.devbox.id):
+            text = f"{interruption}; its processes have ended, its disk is whole: resume it"
             await self._changes.happen(life, Event.HOST_RESTARTED, BoxFailure("execution_failed", text))
             return
-        text = f"{_RESTARTED} and the devbox ended with it"
-        if not rebooted:
+        text = f"{interruption}, and the devbox ended with that"
+        if interruption is None:
             text = "its first process ended while the server was down"
-        event = Event.RESUME_FAILED if life.resuming and not rebooted else Event.BOX_ENDED
+        event = Event.RESUME_FAILED if life.resuming and interruption is None else Event.BOX_ENDED
         await self._changes.happen(life, event, BoxFailure("execution_failed", text))
 
     async def close(self) -> None:
@@ -366,3 +371,9 @@ class Devboxes:
         except StoreError as error:
             _log.error("cannot look for what can be removed; trying later", error=str(error))
             return []
+
+
+def _slept(life: Life) -> bool:
+    """Whether all that a devbox is now lies on its disk."""
+    asleep = life.devbox.status in (Status.SUSPENDING, Status.SUSPENDED)
+    return asleep or (life.devbox.status is Status.PROVISIONING and life.devbox.boots > 0)

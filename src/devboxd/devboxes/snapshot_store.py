@@ -70,6 +70,11 @@ def unfinished(connection: Connection) -> list[Snapshot]:
     return [_record(row) for row in connection.execute(_UNFINISHED)]
 
 
+def complete(connection: Connection) -> list[Snapshot]:
+    """All that devboxes can begin from."""
+    return [_record(row) for row in connection.execute(select(table).where(table.c.status == COMPLETE))]
+
+
 def wanted(connection: Connection) -> set[str]:
     """The ids of all whose disks are kept."""
     return set(connection.scalars(select(table.c.id).where(table.c.status == COMPLETE)))

@@ -41,6 +41,7 @@ class Event(StrEnum):
     RESUME_FAILED = "resume_failed"
     BOX_ENDED = "box_ended"
     HOST_RESTARTED = "host_restarted"
+    DISK_LOST = "disk_lost"
     ENTRYPOINT_ENDED = "entrypoint_ended"
     DEADLINE_PASSED = "deadline_passed"
     IDLE_TO_SHUTDOWN = "idle_to_shutdown"
@@ -128,6 +129,7 @@ TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
     Event.RESUME_FAILED: {P: Move(Z), I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
     Event.BOX_ENDED: _fail(),
     Event.HOST_RESTARTED: {I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
+    Event.DISK_LOST: {status: Move(F, (Effect.FREE,)) for status in (P, I, R, U, Z)} | _UNCHANGED,
     Event.ENTRYPOINT_ENDED: {**_end("entrypoint_exit", R), U: Move(U), Z: Move(Z)},
     Event.DEADLINE_PASSED: {**_end("keep_alive_timeout", P, I, R), U: Move(U), Z: Move(Z)},
     Event.IDLE_TO_SHUTDOWN: {**_end("idle", R), U: Move(U), Z: Move(Z)},

@@ -10,18 +10,19 @@ Under its name a disk is whole or not there: it is made under another one, and s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from devboxd.engine import btrfs
+from devboxd.engine import btrfs, manifest
 from devboxd.engine.base import EngineError
 from devboxd.engine.pool import Pool
 
 _BOX, _SNAPSHOT = "dbx_", "snp_"
-_MAKING, _GOING = ".new-", ".gone-"
+_MAKING, _GOING, _STILL = ".new-", ".gone-", ".still-"
 
 
 class Disks:
@@ -34,6 +35,8 @@ class Disks:
     def open(self) -> None:
         """Open the pool and remove what an earlier server was making or removing. Raises SetupError."""
         self._pool.open()
+        with contextlib.suppress(BlockingIOError), self._stills():
+            self._forget_stills()
         for path in self._folder.iterdir():
             if path.name.startswith((_MAKING, _GOING)):
                 self._delete(path)
@@ -95,6 +98,56 @@ class Disks:
         self._delete(making)
         self._copy(self._folder / box_id, making, read_only=True)
         making.rename(self._folder / snapshot_id)
+
+    @contextlib.contextmanager
+    def still(self, box_ids: Iterable[str]) -> Iterator[dict[str, Path]]:
+        """Disks as they are at this instant, whatever their boxes do, until the block ends. For a pool that copies.
+
+        Those that are gone are left out. Raises BlockingIOError where somebody else is in such a block, and OSError.
+        """
+        found = {}
+        with self._stills():
+            try:
+                self._forget_stills()
+                for box_id in box_ids:
+                    with contextlib.suppress(FileNotFoundError):
+                        btrfs.snapshot(self._folder / box_id, self._folder / (_STILL + box_id), read_only=True)
+                        found[box_id] = self._folder / (_STILL + box_id)
+                yield found
+            finally:
+                self._forget_stills()
+
+    @contextlib.contextmanager
+    def _stills(self) -> Iterator[None]:
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(folder)
+
+    def _forget_stills(self) -> None:
+        for path in self._folder.glob(_STILL + "*"):
+            btrfs.delete(path)
+
+    async def restore(self, name: str, archive: Path, size: int, slot: int | None) -> None:
+        """Make the disk of a box, or a snapshot, out of an archive of what is in it. Raises EngineError and OSError."""
+        making = self._folder / (_MAKING + name)
+        self._delete(making)
+        self._pool.promise(name, size)
+        try:
+            self._make(making)
+            (making / "upper").mkdir()
+            (making / "work").mkdir()
+            if slot is not None:
+                (making / "slot").write_text(f"{slot}\n")
+            await manifest.extract(archive, making / "upper")
+            if self._pool.copies and name.startswith(_SNAPSHOT):
+                btrfs.snapshot(making, self._folder / name, read_only=True)
+            else:
+                making.rename(self._folder / name)
+        finally:
+            self._delete(making)
 
     def slot(self, box_id: str) -> int | None:
         """The slot that the box of a disk had."""

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from devboxd.config import Settings
-from devboxd.engine import recipe
+from devboxd.engine import manifest, recipe
 from devboxd.engine.base import EngineError, Image
 from devboxd.engine.blocking import finished
 
@@ -53,6 +53,22 @@ class Images:
     def named(self, name: str) -> Image | None:
         """The image of this name, when it is here."""
         return self._image(name.removeprefix("default-"))
+
+    async def restore(self, name: str, archive: Path) -> None:
+        """Make the image of this name out of an archive of it, where it is missing. Raises EngineError and OSError."""
+        digest = name.removeprefix("default-")
+        self._make_folder()
+        with (self._folder / f"{digest}.lock").open("ab") as lock:
+            await finished(lambda: fcntl.flock(lock, fcntl.LOCK_EX))
+            if self._image(digest) is None:
+                making = self._folder / f"{digest}.new"
+                try:
+                    (making / "rootfs").mkdir(parents=True)
+                    await manifest.extract(archive, making / "rootfs")
+                    await finished(os.sync)
+                    making.rename(self._folder / digest)
+                finally:
+                    await finished(lambda: shutil.rmtree(making, ignore_errors=True))
 
     async def ensure_default(self, progress: Progress) -> Image:
         """The default image, built now when it is missing; waits when another process builds it at this moment.

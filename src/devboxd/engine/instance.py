@@ -81,7 +81,7 @@ def claim(state: Path, run: Path = RUN, etc: Path = ETC) -> Instance:
     """
     with contextlib.ExitStack() as locks:
         _make_private(state)
-        _lock_state(state, locks)
+        hold(state, locks)
         _make_private(run, 0o711)
         with contextlib.ExitStack() as brief:
             _lock(run / "lock", brief, wait=True)
@@ -113,8 +113,15 @@ def _make_private(folder: Path, mode: int = 0o700) -> None:
         raise SetupError(f"cannot use the folder {folder}: {error}; be root or name another folder") from error
 
 
-def _lock_state(state: Path, locks: contextlib.ExitStack) -> None:
-    """Hold state/lock with the own pid in it; the kernel lets go of it when the server dies."""
+class InUse(SetupError):
+    """A server uses the state folder."""
+
+
+def hold(state: Path, locks: contextlib.ExitStack) -> None:
+    """Keep servers off a state folder until the stack closes: hold its lock, with the own pid in it. Raises InUse.
+
+    The kernel lets go of it when this program dies.
+    """
     for attempts_left in reversed(range(_LOCK_ATTEMPTS)):
         try:
             descriptor = _lock(state / "lock", locks)
@@ -122,7 +129,7 @@ def _lock_state(state: Path, locks: contextlib.ExitStack) -> None:
         except BlockingIOError as error:
             pid = (state / "lock").read_text(errors="replace").strip() or "unknown"
             if not attempts_left or Path("/proc", pid).exists():
-                raise SetupError(
+                raise InUse(
                     f"cannot use the state folder {state}: the server with pid {pid} uses it; "
                     "stop that one first, or name another folder with --state"
                 ) from error

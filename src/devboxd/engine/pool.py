@@ -66,20 +66,23 @@ class Pool:
         self.folder.chmod(0o700)
         mounted = self.mounted
         if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
-            self.kind = "file"
             if not mounted:
                 self._mount_file()
         else:
             if not mounted:
                 linux.mount(str(self.folder), self.folder, None, linux.MS_BIND)
             linux.mount("none", self.folder, None, linux.MS_BIND | linux.MS_REMOUNT | _SHIELD)
-            self.kind = "btrfs" if _is_btrfs(self.folder) else "folders"
+        self.look()
         if self.kind == "file":
             self._use_all()  # a server that was killed may have made only the file larger
         if self.copies:
             btrfs.enable_quotas(self.folder)
         usage = shutil.disk_usage(self.folder)
         _log.info("storage", kind=self.kind, bytes=usage.total, free=usage.free)
+
+    def look(self) -> None:
+        """Find out of which kind the pool is that a server has opened."""
+        self.kind = "file" if self.file.exists() else "btrfs" if _is_btrfs(self.folder) else "folders"
 
     def close(self) -> None:
         """Take the mount away again; the disks of living boxes stay in use, and the folder closed to all but root."""

@@ -1,0 +1,34 @@
+"""What came between two servers of one state folder: nothing, a start of the machine, a restore from a backup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from devboxd.engine import linux
+
+_FILE = "boot-id"
+_RESTORED = "restored"
+
+
+def interruption(state: Path) -> str | None:
+    """Why no box of an earlier server can be alive, in words; None where that is not so."""
+    path = state / _FILE
+    if not path.exists() or (last := path.read_text().strip()) == linux.boot_id():
+        return None
+    return "it was restored from a backup" if last == _RESTORED else "the host was restarted"
+
+
+def remember(state: Path) -> None:
+    """Note this run of the machine, once every devbox that ended with the last one says so."""
+    _write(state, linux.boot_id())
+
+
+def mark_restored(state: Path) -> None:
+    """Let the next server know that its folder comes from a backup."""
+    _write(state, _RESTORED)
+
+
+def _write(state: Path, text: str) -> None:
+    temporary = state / f"{_FILE}.new"
+    temporary.write_text(f"{text}\n")
+    temporary.replace(state / _FILE)
