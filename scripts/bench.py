@@ -382,7 +382,7 @@ def _charged(box: str) -> int:
         ("memory", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
         ("", "memory.current", ("inactive_file", "active_file")),
     ):
-        for folder in Path("/sys/fs/cgroup", name).glob(f"**/boxes/{box}"):
+        for folder in Path("/sys/fs/cgroup", name).glob(f"devboxd-*/boxes/{box}"):
             if (folder / usage).exists():
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 return int((folder / usage).read_text()) - sum(int(stat[key]) for key in kept)

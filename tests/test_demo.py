@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.leftovers import CGROUPS, claim_of, leftovers
+from support.leftovers import claim_of, groups, leftovers
 
 pytestmark = pytest.mark.box
 
@@ -41,11 +41,11 @@ def test_an_interrupted_demo_leaves_nothing(line: str) -> None:
         assert state is not None, shown
         claim = claim_of(state)
         assert claim is not None, shown
-        assert list(CGROUPS.glob(f"**/devboxd-{claim.name}/boxes/*")), "there is no box to be left"
+        assert groups(f"{claim.name}/boxes/*"), "there is no box to be left"
         demo.send_signal(signal.SIGINT)
         shown += demo.communicate(timeout=120)[0]
         assert demo.returncode == 128 + signal.SIGINT, shown
     assert not state.exists()
     assert not claim.exists()
     assert leftovers(state) == []
-    assert not list(CGROUPS.glob(f"**/devboxd-{claim.name}/boxes/*"))
+    assert not groups(f"{claim.name}/boxes/*")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from support.api import Api
 from support.disk import Disk, small_disk
 from support.load import counted
 from support.reader import Reader
 from support.server import Server
 
 pytestmark = pytest.mark.box
+RESERVE = "the server lives on what it had kept for itself"
 
 
 @pytest.fixture
@@ -54,6 +57,30 @@ def _until_logged(server: Server, event: str) -> None:
         time.sleep(0.02)
 
 
+def _fill(server: Server, disk: Disk) -> None:
+    """Leave not even what the server keeps for itself."""
+    disk.fill()
+    (server.state / "reserve").unlink(missing_ok=True)
+    disk.fill()
+
+
+def test_what_the_server_keeps_for_itself_lets_it_store_what_happens(server: Server, disk: Disk) -> None:
+    """Also when it is started anew with a disk that others have filled."""
+    with server.api() as api:
+        box, other = api.create(), api.create()
+        disk.fill()
+        _until_logged(server, RESERVE)
+        assert api.output(box, "echo runs") == "runs\n"
+        api.shutdown(box)
+        disk.free()
+        while not (server.state / "reserve").exists():
+            assert server.running()
+        server.kill()
+        disk.fill()
+        server.start()
+        api.shutdown(other)
+
+
 def test_a_full_disk_under_the_store_refuses_in_words_and_needs_room_alone(server: Server, disk: Disk) -> None:
     with server.api() as api:
         box = api.create()
@@ -62,7 +89,7 @@ def test_a_full_disk_under_the_store_refuses_in_words_and_needs_room_alone(serve
         assert api.send(box, fed, "before\n")
         ends = api.start(box, "until [ -e /dev/shm/go ]; do sleep 0.02; done; exit 7")
         Reader(server, box, fed).until(lambda r: r.text == "before\n")
-        disk.fill()
+        _fill(server, disk)
         for where, body in {
             "/v1/devboxes": {"name": "no room"},
             f"{path}/execute_async": {"command": "echo no room >> log"},
@@ -93,7 +120,7 @@ def test_a_start_on_a_full_disk_says_so_and_loses_nothing(server: Server, disk: 
         box = api.create()
         execution = api.start(box, "echo first; read line; echo $line; exit 5", attach_stdin=True)
         assert api.send(box, execution, "confirmed\n")
-    disk.fill()
+    _fill(server, disk)
     server.kill()
     command = [server.program, "serve", "--port", str(server.port), "--state", server.state]
     refused = subprocess.run(command, capture_output=True, text=True, env=server.environment(), timeout=60, check=False)
@@ -134,3 +161,50 @@ def test_a_full_disk_under_the_journals_makes_commands_wait(with_journals: Serve
         assert api.send(box, fed, signal="EOF")
         view = api.wait(box, fed)
         assert (view["exit_status"], view["stdout"]) == (6, "before\nafter\n")
+
+
+@pytest.fixture
+def large() -> Iterator[Disk]:
+    """A disk on which the pool of disks is a file."""
+    with small_disk(3072) as disk:
+        yield disk
+
+
+def test_a_full_disk_under_the_pool_costs_no_devbox_its_disk(large: Disk) -> None:
+    """The pool has room only on paper: were the last byte below it taken, the kernel would end writing for all."""
+    server = Server()
+    server.state = large.folder / "state"
+    try:
+        with server.start().api() as api:
+            box, other, asleep = api.create(), api.create(), api.create()
+            digest = api.output(box, "head -c 50M /dev/urandom | tee kept | sha256sum; sync")
+            large.fill(leave=64 << 20)
+            _until_logged(server, "boxes cannot write until there is room")
+            for one in (box, other):
+                assert "quota exceeded" in api.run(one, "head -c 200M /dev/zero >more; sync")["stderr"]
+            assert api.output(box, "sha256sum <kept") == digest
+            assert "reserve" not in api.refused("POST", f"/v1/devboxes/{box}/snapshot_disk", 503)
+            api.refused("POST", "/v1/devboxes", 503, {"name": "no room"})
+            api.call("POST", f"/v1/devboxes/{asleep}/suspend")
+            api.wait_box(asleep, "suspended")
+            assert any("host is full" in str(line["message"]) for line in _log_of(api, box))
+            server.restart()  # what is held stays so
+            large.fill()
+            _until_logged(server, RESERVE)
+            assert "quota exceeded" in api.run(box, "echo no room >more")["stderr"]
+            assert api.output(box, "rm -f more && sha256sum <kept") == digest
+            api.shutdown(other)
+            large.free()
+            _until_logged(server, "boxes can write")
+            assert api.output(box, "head -c 200M /dev/zero >more && sync && stat -c %s more") == f"{200 << 20}\n"
+            assert api.output(box, "sha256sum <kept") == digest
+            api.call("POST", f"/v1/devboxes/{asleep}/resume")
+            api.wait_box(asleep, "running")
+            assert api.output(api.create(), "echo room >file && cat file") == "room\n"
+    finally:
+        server.stop()
+
+
+def _log_of(api: Api, box: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]
+    return found

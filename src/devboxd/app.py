@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 import uvloop
 
-from devboxd import boot, logs, systemd
+from devboxd import boot, systemd
 from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.config import Settings
@@ -92,7 +92,6 @@ def run(settings: Settings) -> int:
     Raises SetupError when the folder or the port is not to be had, or the machine refuses what boxes need.
     """
     _give_memory_back()
-    logs.configure(settings.log_format)
     instance = claim(settings.state)
     try:
         with (

@@ -118,10 +118,14 @@ def serve(
             "cannot serve: boxes are made of namespaces and mounts, which only root may make; run it as root"
             " (`devboxd systemd-unit` prints a unit)"
         )
-    from devboxd import doctor
+    from devboxd import doctor, logs
     from devboxd.backup import check_not_cut
+    from devboxd.engine.reserve import Reserve
 
+    logs.configure(settings.log_format)
     check_not_cut(settings.state)
+    if settings.state.is_dir():
+        Reserve(settings.state).give_up_if_full()
     if refusals := list(doctor.required(settings)):
         for refusal in refusals:
             _refuse(str(refusal))

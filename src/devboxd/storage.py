@@ -11,7 +11,8 @@ from pathlib import Path
 
 from devboxd import probes
 from devboxd.engine.disks import Disks
-from devboxd.engine.pool import Kind, Pool, reserve
+from devboxd.engine.pool import Kind, Pool
+from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 
 _UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -11,16 +11,20 @@ from pathlib import Path
 
 
 class Disk:
-    """A mounted ext4 file system of a few megabytes."""
+    """A mounted ext4 file system of so many megabytes, of which only what is written takes memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / "filler"
 
-    def fill(self) -> None:
-        """Take all the room that there is, down to single blocks."""
-        with self._filler.open("wb") as filler:
-            size = 0
+    def fill(self, leave: int = 0) -> None:
+        """Take all the room that there is, down to single blocks, or but so many bytes."""
+        with self._filler.open("ab") as filler:
+            size = filler.tell()
+            if leave:
+                free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize
+                os.posix_fallocate(filler.fileno(), size, free - leave)
+                return
             for step in (1 << 20, 1 << 12):
                 with contextlib.suppress(OSError):
                     while True:

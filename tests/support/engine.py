@@ -128,7 +128,7 @@ class Host:
     def leftovers(self) -> list[str]:
         """Everything on the machine that carries this instance's name or lies in its state folder."""
         mark = f"devboxd-{self.instance.id}/boxes/"
-        found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{mark}*/")]
+        found = [str(path) for path in groups(f"{self.instance.id}/boxes/*/")]
         found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "dbx_" in line]
         for name in os.listdir("/proc"):
             if name.isdigit() and linux.start_time(int(name)) is not None:  # the dead wait for the host's init

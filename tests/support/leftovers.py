@@ -15,6 +15,11 @@ RUN = Path("/run/devboxd")
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+def groups(pattern: str) -> list[Path]:
+    """What is below the folder of an instance in each hierarchy; `**` would stumble over those that others remove."""
+    return [path for prefix in ("", "*/") for path in CGROUPS.glob(f"{prefix}devboxd-{pattern}")]
+
+
 def leftovers(state: Path) -> list[str]:
     """Mounts, processes, namespaces, links and cgroups of the server with this state folder, in words."""
     claim = claim_of(state)
@@ -40,7 +45,7 @@ def remove_all(state: Path) -> None:
     subnet = json.loads((claim / "claim").read_text())["subnet"]
     for words in (f"route delete {subnet} dev lo", f"rule delete to {subnet}"):
         subprocess.run(["ip", *words.split()], check=True)
-    for group in sorted(CGROUPS.glob(f"**/devboxd-{claim.name}/**/"), reverse=True):
+    for group in sorted(groups(f"{claim.name}/**/"), reverse=True):
         while group.exists():  # the kernel lets go of the dead a moment later
             with contextlib.suppress(OSError):
                 group.rmdir()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.api import Api
-from support.leftovers import CGROUPS
+from support.leftovers import groups
 from support.server import Server
 
 _SIZE = {"resource_size_request": "CUSTOM_SIZE", "custom_cpu_cores": 2, "custom_gb_memory": 4, "custom_disk_size": 2}
@@ -120,7 +120,7 @@ def noise(api: Api, kind: str) -> Iterator[tuple[str, Callable[[], None]]]:
 def _end(api: Api, box: str) -> None:
     api.shutdown(box)
     for _ in range(600):
-        if not any(CGROUPS.glob(f"**/boxes/{box}")):
+        if not groups(f"*/boxes/{box}"):
             return
         time.sleep(0.1)  # the kernel tells nobody when the last process of a group has gone
     raise AssertionError(f"{box} is still there")

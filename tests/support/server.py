@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from support.api import Api
-from support.leftovers import CGROUPS, claim_of, leftovers
+from support.leftovers import claim_of, groups, leftovers
 
 PROGRAM = Path(sys.executable).with_name("devboxd")
 READY_S = 900.0
@@ -123,7 +123,7 @@ class Server:
 
     def agent(self, box: str) -> int:
         """The pid on this machine of a devbox's first process."""
-        for members in CGROUPS.glob(f"**/boxes/{box}/cgroup.procs"):
+        for members in groups(f"*/boxes/{box}/cgroup.procs"):
             for pid in map(int, members.read_text().split()):
                 names = Path(f"/proc/{pid}/status").read_text().partition("NSpid:")[2].split("\n")[0]
                 if names.split()[-1] == "1":
@@ -139,7 +139,7 @@ class Server:
 
     def cgroups(self, box: str) -> list[Path]:
         """All files of the cgroups of a box."""
-        return list(CGROUPS.glob(f"**/boxes/{box}/*"))
+        return groups(f"*/boxes/{box}/*")
 
     def tail(self) -> str:
         """The last lines that the server wrote."""

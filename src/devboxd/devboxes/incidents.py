@@ -79,8 +79,9 @@ class Incidents:
         size = resources(devbox.launch_parameters)
         used = self._engine.disk_used(devbox.id) or 0
         full = used >= (_ROOM if seen.full else _FULL) * size.disk_bytes
-        now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full)
-        fresh = news(seen, now, size, used)
+        held = self._engine.disks_held
+        now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full or held)
+        fresh = news(seen, now, size, used, held)
         try:
             if fresh:
                 self._keep(devbox.id, [*self.of(devbox.id), *fresh][-MOST:])
@@ -105,8 +106,8 @@ class Incidents:
         return self._folder / devbox_id / "incidents"
 
 
-def news(seen: _Seen, now: _Seen, size: Resources, used: int) -> list[Incident]:
-    """What is to be told between two looks; `used` are the bytes on the disk."""
+def news(seen: _Seen, now: _Seen, size: Resources, used: int, held: bool = False) -> list[Incident]:
+    """What is to be told between two looks. `used`: bytes on the disk; `held`: the machine itself has no more room."""
     found = []
     if (kills := now.kills - seen.kills) > 0:
         processes = "a process" if kills == 1 else f"{kills} processes"
@@ -115,6 +116,8 @@ def news(seen: _Seen, now: _Seen, size: Resources, used: int) -> list[Incident]:
     if now.full != seen.full:
         share = f"{used / GIB:.2f} of {size.disk_bytes / GIB:g} GiB are used"
         text = f"the disk is full: {share}; delete files" if now.full else f"the disk has room again: {share}"
+        if held:
+            text = f"the disk of the host is full: nothing can be written until there is room on it; {share}"
         found.append(Incident(now_ms(), "disk_full" if now.full else "disk_room", text))
     return found
 

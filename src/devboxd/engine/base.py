@@ -123,6 +123,10 @@ class Engine(Protocol):
     def cpu_seconds(self, box_id: str) -> float:
         """Processor time that the box has used so far; 0 for unknown boxes."""
 
+    @property
+    def disks_held(self) -> bool:
+        """Whether no box can write to its disk now, because the machine has no room."""
+
     def short_of(self) -> str | None:
         """Why the machine has no room for another box, None when it has."""
 

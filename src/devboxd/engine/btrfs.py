@@ -23,7 +23,8 @@ _QUOTA_CTL = _READ_WRITE | 16 << 16 | _TYPE | 40
 _QUOTA_RESCAN_WAIT = _TYPE | 46
 _QGROUP_LIMIT = 2 << 30 | 48 << 16 | _TYPE | 43
 _INO_LOOKUP = _READ_WRITE | 4096 << 16 | _TYPE | 18
-_QUOTA_ENABLE, _LIMIT_REFERENCED, _READ_ONLY = 1, 1, 2
+_QUOTA_ENABLE, _LIMIT_REFERENCED, _LIMIT_EXCLUSIVE, _READ_ONLY = 1, 1, 2, 2
+_NO_LIMIT = (1 << 64) - 1
 _ROOT_INODE = 256
 _NO_SKIP = "8"
 """Deleting a deep tree shall be counted in full: the alternative leaves all limits wrong until a scan."""
@@ -64,9 +65,22 @@ def enable_quotas(root: Path) -> None:
 
 def limit(path: Path, most_bytes: int) -> None:
     """Bound what a subvolume refers to: past it writes fail with EDQUOT. Raises OSError."""
-    with _opened(path) as descriptor:
-        packed = struct.pack("=6Q", 0, _LIMIT_REFERENCED, most_bytes, 0, 0, 0)
-        fcntl.ioctl(descriptor, _QGROUP_LIMIT, bytearray(packed))
+    _limit(path, _LIMIT_REFERENCED, most_bytes, 0)
+
+
+def hold(path: Path, held: bool) -> None:
+    """Let no write into a subvolume succeed, whatever its limit, or let go of it again. Raises OSError.
+
+    The bound of what it alone refers to serves for that: nothing else here uses it, and it stays over a restart.
+    """
+    _limit(path, _LIMIT_EXCLUSIVE, 0, 1 if held else _NO_LIMIT)
+
+
+def _limit(path: Path, which: int, referenced: int, exclusive: int) -> None:
+    """Asked of the folder above: of the subvolume itself, the change is refused where that has no room left."""
+    with _opened(path) as descriptor, _opened(path.parent) as parent:
+        packed = struct.pack("=6Q", _subvolume_id(descriptor), which, referenced, exclusive, 0, 0)
+        fcntl.ioctl(parent, _QGROUP_LIMIT, bytearray(packed))
 
 
 def referenced(path: Path) -> int:

@@ -31,6 +31,7 @@ class Disks:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._folder = pool.folder
+        self._held = False
 
     def open(self) -> None:
         """Open the pool and remove what an earlier server was making or removing. Raises SetupError."""
@@ -80,6 +81,15 @@ class Disks:
         if self._pool.copies:
             self._pool.promise(box_id, most_bytes)
             btrfs.limit(self._folder / box_id, most_bytes)
+            if self._held:
+                btrfs.hold(self._folder / box_id, True)
+
+    def hold(self, held: bool) -> None:
+        """Let no box write to its disk any more, as far as the pool can, or let all of them again."""
+        self._held = held
+        for box_id in self.boxes() if self._pool.copies else ():
+            with contextlib.suppress(OSError):  # it has just gone
+                btrfs.hold(self._folder / box_id, held)
 
     def used(self, name: str) -> int | None:
         """Bytes of a disk or snapshot, over its image; None where the pool does not count."""

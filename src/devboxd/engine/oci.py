@@ -39,6 +39,7 @@ from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.pool import Pool
+from devboxd.engine.reserve import Reserve
 from devboxd.errors import SetupError
 
 _log = structlog.get_logger(__name__)
@@ -94,6 +95,7 @@ class OciEngine:
         self._slots = Slots(instance, network, settings.pool_size)
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
+        self._reserve = Reserve(instance.state)
         self._cgroups = cgroups.find(instance.id)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
@@ -247,13 +249,27 @@ class OciEngine:
         """Asks the disk below the pool."""
         return self._pool.short_of()
 
+    @property
+    def disks_held(self) -> bool:
+        """As it was found when the disk was last looked at."""
+        return self._reserve.short and self._pool.copies
+
     async def _tend(self) -> None:
-        """Let the pool grow before it is full."""
+        """Let the pool grow before it is full, and keep the disk below it from becoming so."""
+        held: bool | None = None
         while True:
             try:
                 await finished(self._pool.grow)
+                await finished(lambda: self._reserve.tend(self._cgroups.unwritten()))
+                if held is not self.disks_held:
+                    was, held = held, self.disks_held
+                    await finished(partial(self._disks.hold, held))
+                    if held:
+                        _log.error("the disk below the storage is nearly full: boxes cannot write until there is room")
+                    elif was:
+                        _log.info("there is room on the disk below the storage: boxes can write")
             except OSError as error:
-                _log.error("storage cannot grow", error=str(error))
+                _log.error("storage cannot be kept up", error=str(error))
             await asyncio.sleep(_TEND_S)
 
     async def boxes(self) -> dict[str, bool]:

@@ -24,6 +24,7 @@ import structlog
 
 from devboxd.agent.descriptors import filesystem_type
 from devboxd.engine import btrfs, linux
+from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 
 Kind = Literal["btrfs", "file", "folders"]
@@ -35,8 +36,6 @@ _FIRST = 16 * _GIB
 _LEAST = _GIB
 _MARGIN = 8 * _GIB
 """Growing begins when less is free beyond what was promised; nobody writes as much between two looks."""
-_RESERVE = _GIB
-_RESERVE_SHARE = 20
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
 _AUTOCLEAR, _DIRECT_IO = 4, 16
 _TRIES = 16
@@ -219,11 +218,6 @@ class Pool:
                 f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error
-
-
-def reserve(total: int) -> int:
-    """How much of a disk of this size the server keeps for itself, in bytes."""
-    return min(_RESERVE, total // _RESERVE_SHARE)
 
 
 def _is_btrfs(folder: Path) -> bool:
