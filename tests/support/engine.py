@@ -15,6 +15,7 @@ from devboxd.engine.base import BoxSpec, Image, Resources
 from devboxd.engine.network import Network
 from devboxd.engine.oci import OciEngine
 from devboxd.ids import new_id
+from support.leftovers import groups
 
 
 @dataclass(frozen=True)
