@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from devboxd.engine import pool
+from devboxd.engine import pool, spares
 from devboxd.engine.disks import Disks
 
 pytestmark = pytest.mark.box
@@ -121,6 +122,56 @@ def test_a_full_pool_takes_no_new_disks(state: Path, monkeypatch: pytest.MonkeyP
     assert "the pool of disks is full" in (found.short_of() or "")
 
 
+def test_a_copy_that_waits_becomes_the_next_disk_and_goes_with_its_snapshot(state: Path) -> None:
+    found = pool.Pool(state)
+    disks = Disks(found)
+    disks.open()
+    first = disks.create("dbx_1", 0, {}, None)
+    (first / "upper" / "file").write_text("kept")
+    disks.snapshot("dbx_1", "snp_1")
+    disks.spare("snp_1")
+    disks.spare("snp_1")
+    assert _spares(state) == {"snp_1"}
+    second = disks.create("dbx_2", 1, {"etc/hostname": "two"}, "snp_1")
+    assert _spares(state) == set()
+    assert (second / "upper" / "file").read_text() == "kept"
+    (second / "upper" / "file").write_text("changed")
+    third = disks.create("dbx_3", 2, {}, "snp_1")
+    assert (third / "upper" / "file").read_text() == "kept"
+    disks.spare("snp_1")
+    disks.remove("snp_1")
+    disks.spare("snp_1")
+    assert _spares(state) == set()
+    disks.snapshot("dbx_1", "snp_2")
+    disks.spare("snp_2")
+    Disks(found).open()  # as the next server does
+    assert _spares(state) == set()
+
+
+@pytest.mark.anyio
+async def test_copies_wait_for_the_snapshots_that_were_used_last(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spares, "_REST_S", 0.0)
+    disks = Disks(pool.Pool(state))
+    await asyncio.to_thread(disks.open)
+    await asyncio.to_thread(disks.create, "dbx_1", 0, {}, None)
+    names = [f"snp_{number}" for number in range(10)]
+    kept = spares.Spares(disks)
+    keeping = asyncio.create_task(kept.keep())
+    for name in names:
+        await asyncio.to_thread(disks.snapshot, "dbx_1", name)
+        kept.used(name)
+    kept.used(names[0])
+    while _spares(state) != {names[0], *names[-7:]}:
+        assert not keeping.done()
+        await asyncio.sleep(0.01)
+    keeping.cancel()
+    await asyncio.wait({keeping})
+
+
+def _spares(state: Path) -> set[str]:
+    return {path.name.removeprefix(".spare-") for path in (state / "disks").glob(".spare-*")}
+
+
 def _fill(folder: Path) -> None:
     """Take the room for data, then that for names, by attributes of which few do."""
     with (folder / "data").open("wb") as file:
@@ -139,7 +190,7 @@ def _fill(folder: Path) -> None:
 _GROWING = """
 import os, signal, sys
 from pathlib import Path
-from devboxd.engine import pool
+from devboxd.engine import pool, spares
 
 found, steps, lines = pool.Pool(Path(sys.argv[1])), int(sys.argv[2]), 0
 found.open()

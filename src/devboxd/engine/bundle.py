@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from devboxd.engine import linux, seccomp
-from devboxd.engine.base import BoxSpec
+from devboxd.engine.base import BoxSpec, Resources
 from devboxd.engine.instance import IDS_PER_BOX
 
 AGENT = "/run/devboxd/init"
@@ -27,6 +27,9 @@ MASKED = (
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _MIB = 1 << 20
 _UNLIMITED = resource.RLIM_INFINITY
+_PER_USER = Resources.pids - 24
+"""Processes of one user of a box. Below the limit of the pids cgroup, which the kernel looks at after it has copied all
+that a fork copies, locks of files shared with other boxes included; at this one before. The rest is for the agent."""
 _LIMITS = {
     "AS": (_UNLIMITED, _UNLIMITED),
     "CORE": (1, 1),  # the one value with which the kernel starts no core handler of the host
@@ -37,7 +40,7 @@ _LIMITS = {
     "MSGQUEUE": (819200, 819200),
     "NICE": (0, 0),
     "NOFILE": (65536, 1048576),
-    "NPROC": (_UNLIMITED, _UNLIMITED),  # the pids cgroup is the limit
+    "NPROC": (_PER_USER, _PER_USER),
     "RSS": (_UNLIMITED, _UNLIMITED),
     "RTPRIO": (0, 0),
     "SIGPENDING": (65536, 65536),

@@ -22,7 +22,7 @@ from devboxd.engine.base import EngineError
 from devboxd.engine.pool import Pool
 
 _BOX, _SNAPSHOT = "dbx_", "snp_"
-_MAKING, _GOING, _STILL = ".new-", ".gone-", ".still-"
+_MAKING, _GOING, _STILL, _SPARE = ".new-", ".gone-", ".still-", ".spare-"
 
 
 class Disks:
@@ -39,7 +39,7 @@ class Disks:
         with contextlib.suppress(BlockingIOError), self._stills():
             self._forget_stills()
         for path in self._folder.iterdir():
-            if path.name.startswith((_MAKING, _GOING)):
+            if path.name.startswith((_MAKING, _GOING, _SPARE)):
                 self._delete(path)
             elif path.name.startswith(_BOX) and self._pool.copies:
                 with contextlib.suppress(OSError):
@@ -68,13 +68,36 @@ class Disks:
             source = self._folder / snapshot_id
             if not source.exists():
                 raise EngineError(f"cannot find the snapshot {snapshot_id} on the disk; was it deleted?")
-            self._copy(source, making, read_only=False)
+            try:
+                self._spare(snapshot_id).rename(making)
+            except FileNotFoundError:
+                self._copy(source, making, read_only=False)
         (making / "work").mkdir(exist_ok=True)
         (making / "slot").write_text(f"{slot}\n")
         for name, text in files.items():
             _put(making / "upper", name, text)
         making.rename(self._folder / box_id)
         return self._folder / box_id
+
+    def spare(self, snapshot_id: str) -> None:
+        """Have a copy of a snapshot ready for the next box, where the pool copies: it costs nothing but its making.
+
+        Raises OSError.
+        """
+        source, spare = self._folder / snapshot_id, self._spare(snapshot_id)
+        if not self._pool.copies or spare.exists() or not source.exists():
+            return
+        btrfs.snapshot(source, spare, read_only=False)
+        if not source.exists():
+            btrfs.delete(spare)
+
+    def forget_spare(self, snapshot_id: str) -> None:
+        """Delete the copy that was ready. Raises OSError."""
+        if self._pool.copies:
+            btrfs.delete(self._spare(snapshot_id))
+
+    def _spare(self, snapshot_id: str) -> Path:
+        return self._folder / (_SPARE + snapshot_id)
 
     def limit(self, box_id: str, most_bytes: int) -> None:
         """Bound what the disk holds, as far as the pool can, with room for all of it. Raises OSError."""
@@ -182,6 +205,7 @@ class Disks:
         self._pool.promise(name, 0)
         if self._pool.copies and btrfs.is_subvolume(self._folder / name):
             btrfs.delete(self._folder / name)
+            self.forget_spare(name)
             return
         going = self._folder / (_GOING + name)
         with contextlib.suppress(FileNotFoundError):

@@ -40,7 +40,9 @@ from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.pool import Pool
 from devboxd.engine.reserve import Reserve
+from devboxd.engine.spares import Spares
 from devboxd.errors import SetupError
+from devboxd.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
 
@@ -100,7 +102,8 @@ class OciEngine:
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self._removals = asyncio.Semaphore(2)
-        self._tending: asyncio.Task[None] | None = None
+        self._spares = Spares(self._disks)
+        self._tasks = Tasks()
 
     async def open(self, kept: Collection[str] = ()) -> None:
         """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
@@ -130,13 +133,12 @@ class OciEngine:
         await self._network.open()
         await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
         await self._slots.open({record.slot for record in known} | resting)
-        self._tending = asyncio.create_task(self._tend(), name="storage")
+        self._tasks.start(self._tend(), "storage")
+        self._tasks.start(self._spares.keep(), "spare copies of snapshots")
 
     async def close(self) -> None:
         """Give back the pool, and all that is not needed while only boxes live."""
-        if self._tending is not None:
-            self._tending.cancel()
-            await asyncio.gather(self._tending, return_exceptions=True)
+        await self._tasks.close()
         await self._slots.close()
         await self._network.close()
         self._cgroups.close()
@@ -154,6 +156,8 @@ class OciEngine:
             slot = await self._slots.take(kept)
             try:
                 await _in_own_thread(lambda: self._make(spec, slot))
+                if spec.snapshot_id is not None and kept is None:
+                    self._spares.used(spec.snapshot_id)
             except BaseException as error:
                 await self._clear(spec.box_id)
                 if kept is None:

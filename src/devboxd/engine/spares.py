@@ -1,0 +1,52 @@
+"""Copies of snapshots that wait for the next box: the kernel ends a transaction of the pool for each copy, which takes
+longer than all the rest of a box, so it is done before somebody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+
+from devboxd.engine.blocking import finished
+from devboxd.engine.disks import Disks
+
+_log = structlog.get_logger(__name__)
+_MOST = 8
+_REST_S = 0.05
+
+
+class Spares:
+    """One copy of each of the snapshots from which boxes began last."""
+
+    def __init__(self, disks: Disks) -> None:
+        self._disks = disks
+        self._used: dict[str, None] = {}
+        self._wanted = asyncio.Event()
+
+    def used(self, snapshot_id: str) -> None:
+        """A box began from this snapshot; another one may follow."""
+        self._used.pop(snapshot_id, None)
+        self._used[snapshot_id] = None
+        self._wanted.set()
+
+    async def keep(self) -> None:
+        """Make what is missing and delete what nobody used lately, without end."""
+        while True:
+            await self._wanted.wait()
+            # Not a wait for something: who began a box has the disk for itself meanwhile.
+            await asyncio.sleep(_REST_S)
+            self._wanted.clear()
+            while len(self._used) > _MOST:
+                oldest = next(iter(self._used))
+                del self._used[oldest]
+                await self._do(self._disks.forget_spare, oldest)
+            for snapshot_id in reversed(tuple(self._used)):
+                await self._do(self._disks.spare, snapshot_id)
+
+    async def _do(self, work: Callable[[str], None], snapshot_id: str) -> None:
+        try:
+            await finished(partial(work, snapshot_id))
+        except OSError as error:
+            _log.warning("cannot keep a copy of a snapshot ready", id=snapshot_id, error=str(error))
