@@ -39,8 +39,8 @@ ROUTES = (
     Route("GET", _BOX + "/logs/tail", logs.tail_logs, _READ),
     Route("POST", _BOX + "/snapshot_disk", snapshots.snapshot_disk, _WRITE, once=True),
     Route("POST", _BOX + "/snapshot_disk_async", snapshots.snapshot_disk_async, _WRITE, once=True),
-    Route("POST", _BOX + "/suspend", devboxes.suspend_devbox, _WRITE),
-    Route("POST", _BOX + "/resume", devboxes.resume_devbox, _WRITE),
+    Route("POST", _BOX + "/suspend", devboxes.suspend_devbox, _WRITE, once=True),
+    Route("POST", _BOX + "/resume", devboxes.resume_devbox, _WRITE, once=True),
     # snapshots
     Route("GET", _SNAPSHOTS, snapshots.list_snapshots, _READ),
     Route("GET", _SNAPSHOTS + "/list_public", snapshots.list_public_snapshots, _READ),

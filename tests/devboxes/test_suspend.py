@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shlex
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from devboxd.executions.shells import shell_key
@@ -225,5 +230,41 @@ def test_after_the_grace_frozen_processes_end_and_the_disk_stays() -> None:
             assert api.wait(box, execution)["exit_status"] == 137
             resume(api, box)
             assert api.output(box, "cat ~/f") == "kept\n"
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("memory_s", ["0", "600"])
+def test_a_repeated_suspend_or_resume_is_done_once(memory_s: str) -> None:
+    """Whatever came in between: other changes, repeats at the same moment, the death of the server."""
+    chance = random.Random(os.environ["CRASH_SEED"])
+    server = Server(suspend_keep_memory_seconds=memory_s)
+    try:
+        with server.start().api() as api, ThreadPoolExecutor(3) as clients:
+            box = api.create()
+            answers: dict[tuple[str, str], bytes] = {}
+
+            def ask(request: tuple[str, str]) -> httpx.Response:
+                verb, request_id = request
+                return api.http.post(f"/v1/devboxes/{box}/{verb}", headers={"x-request-id": request_id})
+
+            deadly = chance.randrange(4)
+            for number, (verb, status) in enumerate(2 * (("suspend", "suspended"), ("resume", "running"))):
+                new = (verb, str(uuid.uuid4()))
+                found = [answer.content for answer in clients.map(ask, [new] * chance.randint(1, 3))]
+                answers[new] = found[0]
+                assert set(found) == {answers[new]}, new
+                if number == deadly:
+                    server.restart()
+                for request in chance.choices(list(answers), k=3):
+                    again = ask(request)
+                    assert (again.status_code, again.content) == (200, answers[request]), request
+                assert api.wait_box(box, status)["status"] == status
+                assert api.refused("POST", f"/v1/devboxes/{box}/{verb}", 400).startswith(f"cannot {verb} the devbox")
+            statuses = [transition["status"] for transition in api.box(box)["state_transitions"]]
+            assert [statuses.count(status) for status in ("suspending", "suspended", "running")] == [2, 2, 3]
+            api.shutdown(box)
+            for request, answer in answers.items():
+                assert ask(request).content == answer, "it was done, though the devbox has ended since"
     finally:
         server.stop()

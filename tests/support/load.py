@@ -96,14 +96,14 @@ class Client:
                     return answer.json()
         raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
 
-    def ask(self, path: str, body: Any = None, refused: int = 200, **options: Any) -> Any:
-        """POST until it is answered, always under the same id, with 200 or `refused`; the decoded answer."""
+    def ask(self, path: str, body: Any = None, **options: Any) -> Any:
+        """POST until it is answered, always under the same id; the decoded answer."""
         headers = {"x-request-id": str(uuid.uuid4())}
         for _ in self._tries():
             with contextlib.suppress(httpx.TransportError):
                 answer = self.api.http.post(path, json=body, headers=headers, **options)
                 if answer.status_code not in _COME_AGAIN:
-                    assert answer.status_code in (200, refused), f"{path}: {answer.status_code} {answer.text[:500]}"
+                    assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}"
                     return answer.json()
         raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
 
@@ -392,7 +392,7 @@ def _sleep(actor: Actor) -> None:
     _write_diary(actor)
     for verb, status in (("suspend", "suspended"), ("resume", "running")):
         path = f"/v1/devboxes/{actor.own}"
-        actor.client.ask(f"{path}/{verb}", refused=400)  # asked again after a kill, it may be so already
+        actor.client.ask(f"{path}/{verb}")
         assert actor.client.wait(path, status)["status"] == status
 
 

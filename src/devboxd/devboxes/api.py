@@ -107,12 +107,12 @@ async def shutdown_devbox(devboxes: Devboxes, call: Call, devbox_id: str, force:
 
 async def suspend_devbox(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxView:
     """End all processes after the suspend commands, keep the disk; the answer comes at once."""
-    return (await devboxes.ask(call.account, devbox_id, Event.SUSPEND_ASKED)).view()
+    return (await devboxes.ask(call.account, devbox_id, Event.SUSPEND_ASKED, call.once)).view()
 
 
 async def resume_devbox(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxView:
     """Start a suspended devbox again from its disk; the answer comes at once."""
-    return (await devboxes.ask(call.account, devbox_id, Event.RESUME_ASKED)).view()
+    return (await devboxes.ask(call.account, devbox_id, Event.RESUME_ASKED, call.once)).view()
 
 
 def _check_statuses(statuses: list[str]) -> None:

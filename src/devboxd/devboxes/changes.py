@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
+from sqlalchemy import Connection
 
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
+from devboxd.http.once import Once
 from devboxd.store.db import Store, StoreError
 
 _log = structlog.get_logger()
@@ -73,8 +76,13 @@ class Changes:
         self.ended: Counter[tuple[str, ...]] = Counter()
         """How many devboxes ended since the server was started, by status and reason."""
 
-    async def apply(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
-        """Let an event happen, with more columns to be written. Raises the refusal of the table, and StoreError."""
+    async def apply(
+        self, life: Life, event: Event, failure: BoxFailure | None = None, once: Once | None = None, **more: Any
+    ) -> None:
+        """Let an event happen, with more columns to be written. Raises the refusal of the table, and StoreError.
+
+        The request that asked for it, `once`, is bound to the change, and the view after it is its answer.
+        """
         async with life.lock:
             devbox = life.devbox
             move = step(devbox.status, event)
@@ -97,7 +105,7 @@ class Changes:
                     values["shutdown_reason"] = move.shutdown_reason
                     values["failure_reason"] = failure.reason if failure else None
             if values:
-                change = partial(rows.change, devbox=devbox, **values)
+                change = partial(_change, devbox=devbox, once=once, **values)
                 life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
                 if move.status in TERMINAL and devbox.status not in TERMINAL:
                     self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
@@ -123,6 +131,13 @@ class Changes:
             except StoreError as full:
                 _log.error("cannot store what a devbox does; trying again", id=life.devbox.id, error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)
+
+
+def _change(connection: Connection, devbox: Devbox, once: Once | None, **values: Any) -> Devbox:
+    changed = rows.change(connection, devbox, **values)
+    if once is not None:
+        once.bind(connection, changed.id, msgspec.json.encode(changed.view()))
+    return changed
 
 
 def deadline(launch: LaunchParameters, now: int) -> int:

@@ -248,8 +248,13 @@ class Devboxes:
             life.update(await self._store.write(lambda c: rows.change(c, current, **values)))
             return life.devbox
 
-    async def ask(self, account: str, devbox_id: str, event: Event) -> Devbox:
-        """Let a request's event happen to a devbox. Raises the refusal of the table, 400 or 409."""
+    async def ask(self, account: str, devbox_id: str, event: Event, once: Once | None = None) -> Devbox:
+        """Let a request's event happen to a devbox. Raises the refusal of the table, 400 or 409.
+
+        With `once` it happens once for each request: what changes the status would be refused the second time.
+        """
+        if once is not None and once.ref is not None:
+            return await self.get(account, once.ref)
         devbox = await self.get(account, devbox_id)
         life = self._lives.get(devbox_id)
         if life is None:
@@ -259,8 +264,8 @@ class Devboxes:
             return devbox
         if event is Event.KEEP_ALIVE_ASKED:
             self._touch(devbox_id)
-        if event is not Event.RESUME_ASKED or not await self._supervisor.thaw(life):
-            await self._changes.apply(life, event)
+        if event is not Event.RESUME_ASKED or not await self._supervisor.thaw(life, once):
+            await self._changes.apply(life, event, once=once)
         return life.devbox
 
     async def shutdown(self, account: str, devbox_id: str, force: bool) -> Devbox:

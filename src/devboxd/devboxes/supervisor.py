@@ -28,6 +28,7 @@ from devboxd.engine.base import BoxEnd, BoxSpec, Engine, EngineError, Image
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
+from devboxd.http.once import Once
 from devboxd.http.streams import wait
 
 _log = structlog.get_logger()
@@ -188,13 +189,13 @@ class Supervisor:
             if life.devbox.status is Status.SUSPENDED:
                 await life.changed.wait()
 
-    async def thaw(self, life: Life) -> bool:
-        """Let the frozen processes of a suspended devbox go on; False when there are none any more."""
+    async def thaw(self, life: Life, once: Once | None) -> bool:
+        """Let the frozen processes of a suspended devbox go on, as `once` asks; False when there are none any more."""
         async with life.memory:
             if not life.frozen or life.devbox.status is not Status.SUSPENDED:
                 return False
             await self._engine.thaw(life.devbox.id)
-            await self._changes.apply(life, Event.THAWED)
+            await self._changes.apply(life, Event.THAWED, once=once)
             life.frozen = False
             return True
 
