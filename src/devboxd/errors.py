@@ -39,5 +39,10 @@ def timed_out(message: str) -> ApiError:
     return ApiError(408, message, retry=True)
 
 
+def comes_later(error: BaseException | None) -> bool:
+    """Whether an error says no more than that it is too early: 503."""
+    return isinstance(error, ApiError) and error.code == 503
+
+
 class SetupError(Exception):
     """The machine or the settings do not allow what was asked; the text names cause and cure. Exit code 2."""

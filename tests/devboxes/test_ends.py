@@ -71,6 +71,22 @@ def test_a_box_whose_first_process_died_says_so(own_server: Server) -> None:
         assert api.output(neighbour, "echo on") == "on\n"
 
 
+def test_boxes_whose_first_process_dies_while_they_are_prepared_say_so(api: Api, server: Server) -> None:
+    """Whichever step it cuts short: none of them is the reason."""
+    body = {
+        "file_mounts": {f"/tmp/{number}": "x" * 100_000 for number in range(30)},
+        "launch_parameters": {"launch_commands": ["true"] * 30},
+    }
+    for number in range(8):
+        box = api.call("POST", "/v1/devboxes", body)["id"]
+        api.wait_box(box, "initializing")
+        time.sleep(0.02 * number)  # the step is what varies here
+        os.kill(server.agent(box), signal.SIGKILL)
+        view = api.wait_box(box, "failure")
+        assert view["failure_reason"] == "execution_failed", view["state_transitions"][-1]
+        assert "its first process ended with status 137" in view["state_transitions"][-1]["failure_reason"]
+
+
 def test_a_box_whose_first_process_died_while_the_server_was_down_says_so(own_server: Server) -> None:
     with own_server.api() as api:
         box, neighbour = api.create(), api.create()

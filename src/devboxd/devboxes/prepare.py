@@ -15,7 +15,7 @@ from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_HOOKS_MS
-from devboxd.errors import ApiError
+from devboxd.errors import ApiError, comes_later
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.output import DEFAULT_LINES
@@ -60,7 +60,7 @@ def user_of(devbox: Devbox) -> str:
 
 
 async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Looking, files: Files) -> None:
-    """Do all steps in their order. Raises PreparationError at the first that fails.
+    """Do all steps in their order. Raises PreparationError at the first that fails, 503 where that is to be done again.
 
     A devbox that is resumed has its user and files already, and perhaps changed them since.
     """
@@ -74,6 +74,8 @@ async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Loo
         try:
             await _mount(files, box, path, content.encode())
         except (ApiError, AgentError, OSError) as error:
+            if comes_later(error):
+                raise
             raise PreparationError(f"the file mount {path} failed: {error}") from error
     commands = devbox.launch_parameters.launch_commands or []
     for number, command in enumerate(commands, 1):

@@ -25,6 +25,7 @@ from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import idle_policy, resources
 from devboxd.engine.base import BoxEnd, BoxSpec, Engine, EngineError, Image
+from devboxd.errors import comes_later
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
@@ -252,7 +253,10 @@ class Supervisor:
         await self._changes.happen(life, Event.BOOTED, image=image.name)
 
     async def _run(self, life: Life) -> None:
-        """Attach the agent, prepare, start the entrypoint; stay until it ends, attaching again when need be."""
+        """Attach the agent, prepare, start the entrypoint; stay until it ends, attaching again when need be.
+
+        Steps that met no agent are done again; if it never comes back, or has ended, that is the reason to tell.
+        """
         devbox = life.devbox
         box = await self._executions.adopt(self.box(devbox))
         lost = asyncio.Event()
@@ -261,14 +265,17 @@ class Supervisor:
         steps = asyncio.ensure_future(self._steps(life, box))
         gone = asyncio.ensure_future(lost.wait())
         try:
-            while not steps.done():
+            while True:
                 await asyncio.wait({steps, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not steps.done():
+                if steps.done() and not comes_later(steps.exception()):
+                    return steps.result()
+                await asyncio.sleep(_ATTACH_PAUSE_S)  # not for something: who breaks it at once keeps nobody busy
+                if lost.is_set():
                     _bear(box, faults)
-                    await asyncio.sleep(_ATTACH_PAUSE_S)  # not for something: who breaks it at once keeps nobody busy
                     await self._attach(life, box, lost)
                     gone = asyncio.ensure_future(lost.wait())
-            steps.result()
+                if steps.done():
+                    steps = asyncio.ensure_future(self._steps(life, box))
         finally:
             steps.cancel()
             gone.cancel()
