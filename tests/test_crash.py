@@ -12,6 +12,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,9 @@ from devboxd.devboxes.store import Devbox
 from devboxd.executions import store as executions
 from devboxd.executions.store import Execution
 from devboxd.store.db import Store
-from support.load import Load, Notes, Started
+from support.actor import Notes, Started
+from support.casualties import MAKING, MOMENTS
+from support.load import Load
 from support.server import Server
 
 KILLS = int(os.environ.get("CRASH_KILLS", "10"))
@@ -39,8 +42,12 @@ def seed() -> str:
 
 
 def test_a_kill_at_any_moment_loses_nothing_that_was_confirmed(own_server: Server, seed: str) -> None:
-    """After each round all is compared; when the server is stopped, whatever stays on the machine fails the test."""
+    """Devboxes die under the load too, by their first process or by the runtime.
+
+    After each round all is compared; when the server is stopped, whatever stays on the machine fails the test.
+    """
     chance = random.Random(seed)
+    deaths: Counter[str] = Counter()
     for number in range(0, KILLS, _A_ROUND):
         with Load(own_server, f"{seed}/{number}") as load:
             for _ in range(min(_A_ROUND, KILLS - number)):
@@ -51,7 +58,10 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_confirmed(own_server: Serve
                     own_server.wait_ready()
             own_server.wait_ready()
         executions = load.check()
+        deaths.update(dead.moment for dead in load.notes.dead)
         print(f"seed {seed}, {number + _A_ROUND} kills: {executions} executions, {len(load.notes.boxes)} devboxes")
+    print(f"killed besides: {deaths}")
+    assert set(deaths) == {*MOMENTS, MAKING}, "some way to die was not tried"
     own_server.kill()
     _check_sound(own_server.state / "devboxd.db")
     own_server.start()

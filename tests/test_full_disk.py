@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from support.actor import counted
 from support.api import Api
 from support.disk import Disk, small_disk
-from support.load import counted
 from support.reader import Reader
 from support.server import Server
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from devboxd.engine.base import EngineError, Image
 from support.engine import Host
+from support.leftovers import descriptors
 from support.runtime import Runtime
 
 pytestmark = [pytest.mark.box, pytest.mark.anyio]
@@ -19,27 +19,27 @@ _LONGEST_S = {"crun": 0.02, "runc": 0.06}
 """Somewhat more than a create takes."""
 
 
-@pytest.fixture
-def killed(runtime: str, tmp_path: Path) -> Runtime:
-    return Runtime(runtime, tmp_path)
-
-
-@pytest.fixture
-async def host(image: Image, killed: Runtime, tmp_path: Path) -> AsyncIterator[Host]:
-    async with Host(image, tmp_path / "state", runtime=str(killed.path)) as host:
-        yield host
-
-
-async def test_a_runtime_that_is_killed_leaves_no_half_box(host: Host, killed: Runtime, runtime: str) -> None:
+async def test_a_runtime_that_is_killed_leaves_no_half_box(image: Image, runtime: str, tmp_path: Path) -> None:
     chance = random.Random(os.environ["CRASH_SEED"])
-    neighbour = await host.box()
-    whole = host.leftovers()
-    moments = [chance.uniform(0, _LONGEST_S[runtime]) for _ in range(_MOMENTS)]
-    for moment in ("before", "after", *moments):
-        killed.plan(moment)
-        with pytest.raises(EngineError, match=rf"cannot start the box dbx_.*: {runtime}.* was ended by signal 9"):
-            await host.box()
-        assert sorted(host.leftovers()) == sorted(whole), f"{moment} s into its work"
-    killed.plan("whole")
-    assert await (await host.box()).sh("echo whole") == "whole"
-    assert await neighbour.sh("echo on") == "on"
+    killed = Runtime(runtime, tmp_path)
+    held = _namespaces()
+    async with Host(image, tmp_path / "state", runtime=str(killed.path)) as host:
+        neighbour = await host.box()
+        whole = host.leftovers()
+        moments = [chance.uniform(0, _LONGEST_S[runtime]) for _ in range(_MOMENTS)]
+        for moment in ("before", "after", *moments):
+            killed.plan(moment)
+            with pytest.raises(EngineError, match=rf"cannot start the box dbx_.*: {runtime}.* was ended by signal 9"):
+                await host.box()
+            assert sorted(host.leftovers()) == sorted(whole), f"{moment} s into its work"
+        killed.plan("whole")
+        assert await (await host.box()).sh("echo whole") == "whole"
+        assert await neighbour.sh("echo on") == "on"
+        links = f"dbx{host.instance.id}"
+    assert _namespaces() == held
+    assert [name for name in os.listdir("/sys/class/net") if name.startswith(links)] == []
+
+
+def _namespaces() -> list[str]:
+    """Namespaces that the server keeps alive; those of a box that was never made have no process."""
+    return sorted(target for target in descriptors("self").values() if target.startswith(("net:[", "user:[", "mnt:[")))

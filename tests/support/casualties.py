@@ -56,7 +56,6 @@ def kill_runtime(actor: Actor) -> None:
     actor.word()
     box = _make(actor, {})
     was_killed = _kill_runtime(actor.client.server, box, actor.chance.uniform(0, _MOST_S))
-    print("HUNT", was_killed)
     view = actor.client.wait(f"/v1/devboxes/{box}", "running", "failure")
     if view["status"] == "running":
         assert actor.client.ask(f"/v1/devboxes/{box}/shutdown")["status"] == "shutdown"

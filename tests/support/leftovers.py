@@ -55,8 +55,9 @@ def remove_all(state: Path) -> None:
 def claim_of(state: Path) -> Path | None:
     """The folder with the server's share of the machine."""
     for path in RUN.glob("*/claim"):
-        if json.loads(path.read_text()).get("state") == str(state.resolve()):
-            return path.parent
+        with contextlib.suppress(FileNotFoundError):  # that of another server, which ends at this moment
+            if json.loads(path.read_text()).get("state") == str(state.resolve()):
+                return path.parent
     return None
 
 

@@ -1,7 +1,6 @@
 """A load of clients who know what they must find afterwards: for tests that end the server at a bad moment.
 
-Each client repeats a request under its id until it is answered, as the published clients do, and notes what was
-confirmed. `Load.check` then compares every byte and exit code with what the commands really wrote.
+`Load.check` compares every byte and exit code with what the commands really wrote.
 """
 
 from __future__ import annotations
@@ -9,140 +8,20 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import httpx
 
+from support import casualties
+from support.actor import COME_AGAIN, PATIENCE_S, SNAPSHOTS, Actor, Client, Notes, Started
 from support.api import Api
 from support.server import Server
 
-PATIENCE_S = 120.0
-_COME_AGAIN = (408, 503)
 _OUTSTANDING = 6
 _UPLOAD = 300_000
-_SNAPSHOTS = "/v1/devboxes/disk_snapshots"
 _KEPT = 6
-
-
-@dataclass
-class Started:
-    """A confirmed execution, and what it must show in the end."""
-
-    box: str
-    id: str
-    command: str
-    status: int
-    out: tuple[str, int] = ("", 0)
-    """A word and how many numbered lines of it stand in stdout."""
-    fed: list[str] | None = None
-    """What was confirmed as taken on stdin, which stdout repeats."""
-    err: int = 0
-    """How many numbers stand in stderr."""
-    completed: bool = False
-    """The API said so."""
-
-    def stdout(self) -> str:
-        """Every byte that the command wrote."""
-        return "".join(self.fed) if self.fed is not None else counted(*self.out)
-
-    def stderr(self) -> str:
-        return counted("", self.err)
-
-
-@dataclass
-class Notes:
-    """All that was confirmed so far: one thread adds to each list, anybody may look at any time."""
-
-    boxes: dict[str, str] = field(default_factory=dict)
-    """Devboxes by the names that were asked for."""
-    ended: list[str] = field(default_factory=list)
-    """Devboxes whose shutdown was confirmed."""
-    executions: list[Started] = field(default_factory=list)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    """The words that commands wrote into a file of the box, by the path of the file, in the order of their start."""
-    files: dict[str, bytes] = field(default_factory=dict)
-    """The contents of files that were uploaded, by path."""
-    diaries: dict[str, list[str]] = field(default_factory=dict)
-    """What devboxes that are kept or put to sleep wrote down, line by line."""
-    snapshots: dict[str, list[str]] = field(default_factory=dict)
-    """The diaries of complete snapshots."""
-    sources: dict[str, str] = field(default_factory=dict)
-    """The devboxes of snapshots."""
-
-
-def counted(word: str, lines: int) -> str:
-    """What `seq` prints for a word."""
-    return "".join(f"{word}{i}\n" for i in range(1, lines + 1))
-
-
-class Client:
-    """One client of a server that comes and goes."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self.api: Api = server.api()
-
-    def look(self, path: str) -> Any:
-        """GET until it is answered; the decoded answer."""
-        for _ in self._tries():
-            with contextlib.suppress(httpx.TransportError):
-                answer = self.api.http.get(path)
-                if answer.status_code not in _COME_AGAIN:
-                    assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}"
-                    return answer.json()
-        raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
-
-    def ask(self, path: str, body: Any = None, **options: Any) -> Any:
-        """POST until it is answered, always under the same id; the decoded answer."""
-        headers = {"x-request-id": str(uuid.uuid4())}
-        for _ in self._tries():
-            with contextlib.suppress(httpx.TransportError):
-                answer = self.api.http.post(path, json=body, headers=headers, **options)
-                if answer.status_code not in _COME_AGAIN:
-                    assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text[:500]}"
-                    return answer.json()
-        raise AssertionError(f"{path} was not answered in {PATIENCE_S} s")
-
-    def wait(self, path: str, *statuses: str) -> Any:
-        """Wait until a devbox or an execution is in one of these statuses."""
-        return self.ask(f"{path}/wait_for_status", {"statuses": list(statuses), "timeout_seconds": 5})
-
-    def follow(self, box: str, execution: str, which: str = "stdout") -> str:
-        """A whole stream, opened again where it broke, as a client does that counts bytes."""
-        text, position = "", 0
-        for _ in self._tries():
-            with contextlib.suppress(httpx.TransportError, _AskedAgain):
-                with self._stream(box, execution, which, position) as events:
-                    for event in events:
-                        text, position = text + event.output, event.end
-                return text
-        raise AssertionError(f"the {which} of {execution} did not end in {PATIENCE_S} s")
-
-    @contextlib.contextmanager
-    def _stream(self, box: str, execution: str, which: str, offset: int) -> Iterator[Any]:
-        try:
-            stream = self.api.stream(box, execution, which, offset)
-            events = stream.__enter__()
-        except AssertionError as refused:
-            raise _AskedAgain from refused
-        try:
-            yield events
-        finally:
-            stream.__exit__(None, None, None)
-
-    def _tries(self) -> Iterator[None]:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            yield
-            time.sleep(0.02)  # nobody listens, or somebody asked for patience
-
-
-class _AskedAgain(Exception):
-    """The server said: not now."""
 
 
 class Load:
@@ -173,6 +52,8 @@ class Load:
             "follower": _follow,
             "keeper": _keep,
             "sleeper": _sleep,
+            "killer of runtimes": casualties.kill_runtime,
+            **{f"killer while {moment}": partial(casualties.kill_agent, moment) for moment in casualties.MOMENTS},
         }
         for name, act in acts.items():
             thread = threading.Thread(target=self._work, args=(name, act), name=name, daemon=True)
@@ -214,6 +95,7 @@ class Load:
             assert left == "", f"temporary files of uploads: {left}"
             self._check_boxes(api)
             self._check_disks(api)
+            casualties.check(api, self._server, self.notes.dead)
             spools = list((self._server.state / "journals" / self.box).glob("*.stdin"))
             assert spools == [], "texts that nobody will read any more"
             api.shutdown(self.box)
@@ -235,11 +117,11 @@ class Load:
             api.shutdown(box)
         for box, lines in self.notes.diaries.items():
             assert api.streamed(box, api.start(box, "cat diary")).splitlines() == lines, box
-            found = api.call("GET", _SNAPSHOTS, params={"devbox_id": box, "limit": 1000})["snapshots"]
+            found = api.call("GET", SNAPSHOTS, params={"devbox_id": box, "limit": 1000})["snapshots"]
             assert {view["id"] for view in found} == {s for s in self.notes.snapshots if self.notes.sources[s] == box}
             api.shutdown(box)
         for snapshot in self.notes.snapshots:
-            api.call("POST", f"{_SNAPSHOTS}/{snapshot}/delete")
+            api.call("POST", f"{SNAPSHOTS}/{snapshot}/delete")
 
 
 def _check_execution(api: Api, started: Started) -> None:
@@ -248,45 +130,6 @@ def _check_execution(api: Api, started: Started) -> None:
     assert view["exit_status"] == started.status, what
     assert api.streamed(started.box, started.id) == started.stdout(), what
     assert api.streamed(started.box, started.id, "stderr") == started.stderr(), what
-
-
-@dataclass
-class Actor:
-    """Who does one kind of thing again and again."""
-
-    name: str
-    client: Client
-    box: str
-    notes: Notes
-    chance: random.Random
-    number: int = 0
-    own: str | None = None
-    """A devbox that nobody else uses."""
-    open: list[Started] = field(default_factory=list)
-
-    @property
-    def path(self) -> str:
-        return f"/v1/devboxes/{self.box}"
-
-    def word(self) -> str:
-        """A word that nobody else uses."""
-        self.number += 1
-        return f"{self.name.replace(' ', '-')}-{self.number}"
-
-    def start(self, started: Started, word: str, file: str, **body: Any) -> Started:
-        """Start a command that leaves its word in a file, which shows that it ran once."""
-        command = f"echo {word} >> {file}; {started.command}"
-        view = self.client.ask(f"/v1/devboxes/{started.box}/execute_async", {"command": command, **body})
-        started.id = view["execution_id"]
-        if started.box == self.box:
-            self.notes.names.setdefault(file, []).append(word)
-        self.notes.executions.append(started)
-        return started
-
-    def wait(self, started: Started) -> None:
-        view = self.client.wait(f"/v1/devboxes/{started.box}/executions/{started.id}", "completed")
-        assert view["exit_status"] == started.status, f"{started}: {view}"
-        started.completed = True
 
 
 def _some(chance: random.Random, most: float) -> int:
@@ -371,20 +214,12 @@ def _write_diary(actor: Actor) -> list[str]:
 def _keep(actor: Actor) -> None:
     """Keep the disk as it is; a snapshot is complete in the end, or says why not. Old ones are deleted."""
     lines = list(_write_diary(actor))
-    snapshot = actor.client.ask(f"/v1/devboxes/{actor.own}/snapshot_disk_async", {})["id"]
-    seen: dict[str, Any] = {"status": "in_progress"}
-    while seen["status"] == "in_progress":
-        seen = actor.client.look(f"{_SNAPSHOTS}/{snapshot}/status")
-    if seen["status"] == "complete":
-        assert actor.own is not None
-        actor.notes.sources[snapshot] = actor.own
-        actor.notes.snapshots[snapshot] = lines
-    else:
-        assert (seen["status"], bool(seen["error_message"])) == ("error", True), seen
+    assert actor.own is not None
+    actor.keep(actor.own, lines)
     if len(actor.notes.snapshots) > _KEPT:
         old = actor.chance.choice(list(actor.notes.snapshots))
         del actor.notes.snapshots[old]
-        actor.client.ask(f"{_SNAPSHOTS}/{old}/delete")
+        actor.client.ask(f"{SNAPSHOTS}/{old}/delete")
 
 
 def _sleep(actor: Actor) -> None:
@@ -401,12 +236,12 @@ def _write(actor: Actor) -> None:
     path = f"file-{actor.chance.randrange(3)}"
     content = f"{actor.word()} ".encode() * (actor.chance.randrange(_UPLOAD) + 1)
     headers = {"x-request-id": str(uuid.uuid4())}
-    for _ in actor.client._tries():
+    for _ in actor.client.tries():
         with contextlib.suppress(httpx.TransportError):
             answer = actor.client.api.http.post(
                 f"{actor.path}/upload_file", data={"path": path}, files={"file": ("f", content)}, headers=headers
             )
-            if answer.status_code not in _COME_AGAIN:
+            if answer.status_code not in COME_AGAIN:
                 assert answer.status_code == 200, answer.text
                 actor.notes.files[path] = content
                 return
