@@ -13,6 +13,7 @@ RESOURCES = {"devboxes", "executions", "blueprints", "access", "resources"}
 BASE = {
     "boot",
     "budget",
+    "clock",
     "http",
     "agent",
     "engine",

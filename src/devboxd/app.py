@@ -20,6 +20,7 @@ import uvloop
 from devboxd import boot, systemd
 from devboxd.access.files import Files
 from devboxd.budget import commands_within, open_files, streams_within
+from devboxd.clock import Clock
 from devboxd.config import Settings
 from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.incidents import Incidents
@@ -131,7 +132,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         engine = OciEngine(settings, instance, Network(settings, instance))
         images = Images(settings)
         incidents = Incidents(engine, journals.folder)
-        changes = Changes(store)
+        changes = Changes(store, Clock())
         means = _means(settings, changes, engine, executions, looking, files, incidents, images)
         warm = Warm(engine, images.default, settings.warm_boxes)
         parts = (executions, changes, Supervisor(means), warm, closing, incidents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from devboxd.devboxes.changes import now_ms
+from devboxd.clock import now_ms
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.states import WIRE_STATUSES, Event
 from devboxd.devboxes.usage import DevboxUsageView, used

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import msgspec
 import structlog
 from sqlalchemy import Connection
 
+from devboxd.clock import Clock
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
@@ -71,8 +71,10 @@ class Life:
 class Changes:
     """Applies events to devboxes. One at a time for each of them."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
+        self.clock = clock
+        """By which devboxes live."""
         self.ended: Counter[tuple[str, ...]] = Counter()
         """How many devboxes ended since the server was started, by status and reason."""
 
@@ -88,7 +90,7 @@ class Changes:
             move = step(devbox.status, event)
             if isinstance(move, Refusal):
                 raise refused(devbox, event.removesuffix("_asked"), move)
-            now = now_ms()
+            now = self.clock.now_ms()
             values: dict[str, Any] = more if move.status != devbox.status else {}
             if Effect.RESET_DEADLINE in move.effects:
                 values["deadline_ms"] = deadline(devbox.launch_parameters, now)
@@ -154,8 +156,3 @@ def refused(devbox: Devbox, verb: str, refusal: Refusal) -> ApiError:
     return ApiError(
         refusal.code, f"cannot {verb} the devbox {devbox.id} while it is {devbox.status}: {refusal.advice}", retry=retry
     )
-
-
-def now_ms() -> int:
-    """The wall clock, in Unix milliseconds."""
-    return time.time_ns() // 1_000_000

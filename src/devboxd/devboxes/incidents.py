@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from devboxd.devboxes.changes import now_ms
+from devboxd.clock import now_ms
 from devboxd.devboxes.states import LIVE
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import GIB, resources

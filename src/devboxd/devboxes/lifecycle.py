@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from devboxd.devboxes import snapshot_store
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.changes import BoxFailure, Changes, Life, deadline, now_ms, refused
+from devboxd.devboxes.changes import BoxFailure, Changes, Life, deadline, refused
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
@@ -139,7 +139,7 @@ class Devboxes:
             raise ApiError(
                 503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=True
             )
-        now = now_ms()
+        now = self._changes.clock.now_ms()
         position = new_id("dbx")
         warm_id = None if body.snapshot_id else self._warm.take()
         devbox = Devbox(
@@ -371,7 +371,7 @@ class Devboxes:
 
     async def _to_sweep(self, after: str) -> list[str]:
         try:
-            before = now_ms() - self._retention_s * 1000
+            before = self._changes.clock.now_ms() - self._retention_s * 1000
             return await self._store.read(lambda c: rows.ended_before(c, before, after, _SWEEP_AT_ONCE))
         except StoreError as error:
             _log.error("cannot look for what can be removed; trying later", error=str(error))

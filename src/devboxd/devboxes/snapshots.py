@@ -10,8 +10,9 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection
 
+from devboxd.clock import now_ms
 from devboxd.devboxes import snapshot_store as rows
-from devboxd.devboxes.changes import Life, now_ms
+from devboxd.devboxes.changes import Life
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshot_store import COMPLETE, DELETED, ERROR, IN_PROGRESS, Snapshot
 from devboxd.devboxes.states import Event

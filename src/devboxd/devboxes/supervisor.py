@@ -17,7 +17,7 @@ import structlog
 
 from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
-from devboxd.devboxes.changes import BoxFailure, Changes, Life, now_ms
+from devboxd.devboxes.changes import BoxFailure, Changes, Life
 from devboxd.devboxes.idle import Idle, Signs
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.prepare import PreparationError, handle_of, prepare, suspend_hooks, user_of
@@ -30,7 +30,6 @@ from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
-from devboxd.http.streams import wait
 
 _log = structlog.get_logger()
 ENTRYPOINT = "entrypoint"
@@ -75,6 +74,7 @@ class Supervisor:
     def __init__(self, means: Means) -> None:
         self._means = means
         self._changes = means.changes
+        self._clock = means.changes.clock
         self._engine = means.engine
         self._executions = means.executions
         self._looking = means.looking
@@ -111,11 +111,11 @@ class Supervisor:
         """Return when the devbox lives no more: by a request, or by its deadline, a wall-clock time in the store."""
         while life.devbox.status in LIVE:
             life.changed.clear()
-            left = (life.devbox.deadline_ms - now_ms()) / 1000
+            left = (life.devbox.deadline_ms - self._clock.now_ms()) / 1000
             if left <= 0:
                 await self._changes.happen(life, Event.DEADLINE_PASSED)
             else:
-                await wait(life.changed, min(left, _CLOCK_LOOK_S))
+                await self._clock.wait(life.changed, min(left, _CLOCK_LOOK_S))
 
     # -- idle ----------------------------------------------------------------------------------------------------
 
@@ -129,21 +129,22 @@ class Supervisor:
             await asyncio.Event().wait()
             return
         idle = Idle(life.devbox.idle_since_ms)
-        looked, used = time.monotonic(), self._engine.cpu_seconds(life.devbox.id)
+        never = asyncio.Event()
+        looked, used = self._clock.seconds(), self._engine.cpu_seconds(life.devbox.id)
         while True:
-            left = idle.left_s(now_ms(), policy.idle_time_seconds)
-            await asyncio.sleep(min(_IDLE_LOOK_S, max(left, 0.05), policy.idle_time_seconds / _IDLE_LOOKS))
+            left = idle.left_s(self._clock.now_ms(), policy.idle_time_seconds)
+            await self._clock.wait(never, min(_IDLE_LOOK_S, max(left, 0.05), policy.idle_time_seconds / _IDLE_LOOKS))
             if life.devbox.status is not Status.RUNNING:
                 continue
-            now, cpu = time.monotonic(), self._engine.cpu_seconds(life.devbox.id)
+            now, cpu = self._clock.seconds(), self._engine.cpu_seconds(life.devbox.id)
             signs = self._signs(life, (cpu - used) / max(now - looked, 0.001))
             looked, used = now, cpu
-            was, idle = idle, idle.look(now_ms(), signs)
+            was, idle = idle, idle.look(self._clock.now_ms(), signs)
             life.awake = signs.reasons()
             if (was.since_ms is None) != (idle.since_ms is None):
                 await self._changes.note(life, idle_since_ms=idle.since_ms)
                 _log.info("devbox idle" if not life.awake else "devbox in use", id=life.devbox.id, by=life.awake)
-            if idle.since_ms is not None and idle.left_s(now_ms(), policy.idle_time_seconds) <= 0:
+            if idle.since_ms is not None and idle.left_s(self._clock.now_ms(), policy.idle_time_seconds) <= 0:
                 suspend = policy.on_idle == "suspend"
                 event = Event.IDLE_TO_SUSPEND if suspend else Event.IDLE_TO_SHUTDOWN
                 await self._changes.happen(life, event)
@@ -179,9 +180,9 @@ class Supervisor:
         while life.devbox.status is Status.SUSPENDED:
             life.changed.clear()
             since = life.devbox.transitions[-1].transition_time_ms
-            left = since / 1000 + self._means.keep_memory_s - now_ms() / 1000
+            left = since / 1000 + self._means.keep_memory_s - self._clock.now_ms() / 1000
             if life.frozen and left > 0:
-                await wait(life.changed, min(left, _CLOCK_LOOK_S))
+                await self._clock.wait(life.changed, min(left, _CLOCK_LOOK_S))
                 continue
             async with life.memory:
                 if life.devbox.status is Status.SUSPENDED:
@@ -302,7 +303,7 @@ class Supervisor:
 
     def box(self, devbox: Devbox) -> Box:
         """The devbox as a place where commands run."""
-        return Box(devbox.id, user_of(devbox), {**self._means.environment, **devbox.environment})
+        return Box(devbox.id, user_of(devbox), {**self._means.environment, **devbox.environment}, self._clock)
 
     async def _steps(self, life: Life, box: Box) -> None:
         if life.devbox.status == Status.INITIALIZING:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from devboxd.agent.client import AgentClient, AgentError
 from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage, encode_record
+from devboxd.clock import Clock
 from devboxd.errors import ApiError
 from devboxd.executions.journals import Spool
 from devboxd.executions.shells import SHELLS_MAX, Shell, shell_key
@@ -65,6 +66,7 @@ class Box:
     id: str
     user: str
     environment: Mapping[str, str]
+    clock: Clock = field(default_factory=Clock)
     gone: str | None = None
     """Why nothing runs here any more, once that is so."""
     known: frozenset[str] = frozenset()
@@ -88,7 +90,7 @@ class Box:
 
     def touch(self) -> None:
         """Somebody asked for something here just now."""
-        self.touched_ms = time.time_ns() // 1_000_000
+        self.touched_ms = self.clock.now_ms()
 
     @contextmanager
     def using(self, kind: str) -> Iterator[None]:

@@ -1,0 +1,164 @@
+"""When a devbox ends or sleeps by itself: real ones, by a clock of the test's own, without waiting for any of it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devboxd.config import Settings
+from devboxd.devboxes.states import Event
+from devboxd.engine.base import Image
+from devboxd.engine.images import Images
+from support.engine import Host
+from support.house import House, SetClock
+
+pytestmark = [pytest.mark.box, pytest.mark.anyio]
+NOON_MS = 1_800_000_000_000
+LIFE_S = 3600
+IDLE_S = 1800
+LOOK_S = 5
+"""A devbox is looked at so often at least; it is idle from such a look on."""
+
+
+@pytest.fixture(scope="session")
+async def image() -> Image:
+    return await Images(Settings()).ensure_default(lambda done, text: None)
+
+
+@pytest.fixture
+async def clock() -> SetClock:
+    return SetClock(NOON_MS)
+
+
+@pytest.fixture
+async def state(image: Image, tmp_path: Path) -> AsyncIterator[Path]:
+    """A state folder, whose boxes are gone afterwards."""
+    yield tmp_path / "state"
+    async with Host(image, tmp_path / "state"):
+        pass  # it takes all boxes with it
+
+
+@pytest.fixture
+async def house(image: Image, clock: SetClock, state: Path) -> AsyncIterator[House]:
+    async with House(image, state, clock) as house:
+        yield house
+
+
+def after_idle(what: str) -> dict[str, Any]:
+    return {"idle_time_seconds": IDLE_S, "on_idle": what}
+
+
+async def outcome(house: House, box: str) -> tuple[str, str | None, str | None]:
+    devbox = await house.get(box)
+    return devbox.status, devbox.shutdown_reason, devbox.failure_reason
+
+
+RUNS = ("running", None, None)
+SLEEPS = ("suspended", None, None)
+
+
+async def test_it_ends_at_its_deadline_and_not_before(house: House, clock: SetClock) -> None:
+    default, short = await house.create(), await house.create(launch_parameters={"keep_alive_time_seconds": 60})
+    await clock.move(59.999)
+    assert await outcome(house, short) == RUNS
+    await clock.move(0.001)
+    ended = await house.reached(short, "shutdown")
+    assert (ended.shutdown_reason, ended.end_time_ms) == ("keep_alive_timeout", NOON_MS + 60_000)
+    await clock.move(LIFE_S - 60.001)
+    assert await outcome(house, default) == RUNS
+    await clock.move(0.001)
+    ended = await house.reached(default, "shutdown")
+    assert (ended.shutdown_reason, ended.end_time_ms) == ("keep_alive_timeout", NOON_MS + 1000 * LIFE_S)
+
+
+async def test_keep_alive_gives_it_the_whole_time_again(house: House, clock: SetClock) -> None:
+    box = await house.create(launch_parameters={"keep_alive_time_seconds": 60})
+    for _ in range(3):
+        await clock.move(59)
+        await house.ask(box, Event.KEEP_ALIVE_ASKED)
+    await clock.move(59.999)
+    assert await outcome(house, box) == RUNS
+    await clock.move(0.001)
+    ended = await house.reached(box, "shutdown")
+    assert (ended.shutdown_reason, ended.end_time_ms) == ("keep_alive_timeout", NOON_MS + 3 * 59_000 + 60_000)
+
+
+async def test_asleep_no_deadline_counts_and_a_resume_gives_the_whole_time(house: House, clock: SetClock) -> None:
+    box = await house.create()
+    await clock.move(LIFE_S - 1)
+    await house.ask(box, Event.SUSPEND_ASKED)
+    await house.reached(box, "suspended")
+    await clock.move(10 * LIFE_S)
+    assert await outcome(house, box) == SLEEPS
+    await house.ask(box, Event.RESUME_ASKED)
+    await house.reached(box, "running")
+    await clock.move(LIFE_S - 0.001)
+    assert await outcome(house, box) == RUNS
+    await clock.move(0.001)
+    assert (await house.reached(box, "shutdown")).shutdown_reason == "keep_alive_timeout"
+
+
+@pytest.mark.parametrize("place", ["after_idle", "lifecycle"])
+async def test_an_idle_one_is_shut_down(house: House, clock: SetClock, place: str) -> None:
+    """Its deadline does not count beside the policy."""
+    policy = after_idle("shutdown")
+    launch = {place: policy if place == "after_idle" else {"after_idle": policy}}
+    box = await house.create(launch_parameters={"keep_alive_time_seconds": 60, **launch})
+    await clock.move(IDLE_S - 0.001)
+    assert await outcome(house, box) == RUNS
+    await clock.move(0.001 + LOOK_S)
+    ended = await house.reached(box, "shutdown")
+    assert ended.shutdown_reason == "idle"
+    assert ended.end_time_ms is not None
+    assert 1000 * IDLE_S <= ended.end_time_ms - NOON_MS <= 1000 * (IDLE_S + LOOK_S)
+
+
+@pytest.mark.parametrize("place", ["after_idle", "lifecycle"])
+async def test_an_idle_one_is_suspended_and_again_after_each_resume(house: House, clock: SetClock, place: str) -> None:
+    policy = after_idle("suspend")
+    launch = {place: policy if place == "after_idle" else {"after_idle": policy}}
+    box = await house.create(launch_parameters=launch)
+    for _ in range(2):
+        await clock.move(IDLE_S - 0.001)
+        assert await outcome(house, box) == RUNS
+        await clock.move(0.001 + LOOK_S)
+        await house.reached(box, "suspended")
+        await clock.move(10 * IDLE_S)
+        assert await outcome(house, box) == SLEEPS
+        await house.ask(box, Event.RESUME_ASKED)
+        await house.reached(box, "running")
+
+
+async def test_keep_alive_begins_the_idle_time_anew(house: House, clock: SetClock) -> None:
+    box = await house.create(launch_parameters={"after_idle": after_idle("shutdown")})
+    for _ in range(3):
+        await clock.move(IDLE_S - 1)
+        await house.ask(box, Event.KEEP_ALIVE_ASKED)
+    asked = clock.now_ms()
+    await clock.move(IDLE_S - 0.001)
+    assert await outcome(house, box) == RUNS
+    await clock.move(0.001 + LOOK_S)
+    ended = await house.reached(box, "shutdown")
+    assert (ended.shutdown_reason, ended.end_time_ms) == ("idle", asked + 1000 * IDLE_S)
+
+
+async def test_a_deadline_holds_while_no_server_runs(image: Image, clock: SetClock, state: Path) -> None:
+    """A first start finds time left, and a second one none."""
+    async with House(image, state, clock) as house:
+        early, late = await house.create(), await house.create()
+    clock.jump(LIFE_S - 1)
+    async with House(image, state, clock) as house:
+        assert await outcome(house, early) == await outcome(house, late) == RUNS
+        await house.ask(late, Event.KEEP_ALIVE_ASKED)
+    clock.jump(1)
+    async with House(image, state, clock) as house:
+        ended = await house.reached(early, "shutdown")
+        assert (ended.shutdown_reason, ended.end_time_ms) == ("keep_alive_timeout", NOON_MS + 1000 * LIFE_S)
+        await clock.awaited(1)
+        await clock.move(LIFE_S - 1.001)
+        assert await outcome(house, late) == RUNS
+        await clock.move(0.001)
+        assert (await house.reached(late, "shutdown")).shutdown_reason == "keep_alive_timeout"

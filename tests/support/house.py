@@ -1,0 +1,182 @@
+"""Everything that keeps devboxes, in the process of a test: real boxes, a real store, and a clock that a test sets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from devboxd.access.files import Files
+from devboxd.clock import Clock
+from devboxd.config import Settings
+from devboxd.devboxes.changes import Changes
+from devboxd.devboxes.incidents import Incidents
+from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.states import Event
+from devboxd.devboxes.store import Devbox
+from devboxd.devboxes.supervisor import Means, Supervisor
+from devboxd.devboxes.views import CreateDevbox
+from devboxd.devboxes.warm import Warm
+from devboxd.engine import instance
+from devboxd.engine.base import Image
+from devboxd.engine.network import Network
+from devboxd.engine.oci import OciEngine
+from devboxd.executions.box import Boxes
+from devboxd.executions.journals import Journals
+from devboxd.executions.looking import Looking
+from devboxd.executions.records import Records
+from devboxd.executions.running import Executions
+from devboxd.executions.watch import Watcher
+from devboxd.http.once import Once
+from devboxd.http.streams import Closing
+from devboxd.store.db import FILE_NAME, Store
+from devboxd.tasks import Tasks
+
+ACCOUNT = "acc_test"
+_PATIENCE_S = 60.0
+
+
+class SetClock(Clock):
+    """Stands still until it is moved; then everybody who waits by it looks at each moment that it waited for."""
+
+    def __init__(self, now: int) -> None:
+        self._now = now
+        self._waits: dict[asyncio.Task[Any], tuple[int, asyncio.Event]] = {}
+        self._known: set[asyncio.Task[Any]] = set()
+        self._busy: set[asyncio.Task[Any]] = set()
+        self._quiet = asyncio.Event()
+        self._more = asyncio.Event()
+
+    def now_ms(self) -> int:
+        return self._now
+
+    def seconds(self) -> float:
+        return self._now / 1000
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> bool:
+        task = asyncio.current_task()
+        assert task is not None
+        if task not in self._known:
+            self._known.add(task)
+            task.add_done_callback(self._done)
+        wake = asyncio.Event()
+        self._waits[task] = (self._now + max(1, math.ceil(seconds * 1000 - 1e-6)), wake)
+        self._more.set()
+        self._done(task)
+        waits = [asyncio.ensure_future(one.wait()) for one in (event, wake)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._waits[task]
+            for one in waits:
+                one.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+        return event.is_set()
+
+    async def move(self, seconds: float) -> None:
+        """Let so much time pass; returns when all who had to look have looked, and wait again or are done."""
+        end = self._now + round(seconds * 1000)
+        while (due := min((due for due, _ in self._waits.values()), default=end)) <= end:
+            self._now = max(self._now, due)
+            await self._look()
+            if due == end:
+                break
+        self._now = end
+
+    async def awaited(self, number: int) -> None:
+        """Return when so many wait by it."""
+        while len(self._waits) < number:
+            self._more.clear()
+            await self._more.wait()
+
+    def jump(self, seconds: float) -> None:
+        """Set the clock, as an operator does, while nobody looks."""
+        self._now += round(seconds * 1000)
+
+    async def _look(self) -> None:
+        for task, (due, wake) in self._waits.items():
+            if due <= self._now and not wake.is_set():
+                self._busy.add(task)
+                wake.set()
+        self._quiet.clear()
+        if self._busy:
+            await self._quiet.wait()
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._busy.discard(task)
+        if not self._busy:
+            self._quiet.set()
+
+
+class House:
+    """One server's devboxes, without HTTP. As a context manager it is open during the block; its boxes go on after."""
+
+    def __init__(self, image: Image, state: Path, clock: Clock, **settings: Any) -> None:
+        self._image = image
+        self._settings = Settings(state=state, pool_size=1, **settings)
+        self._clock = clock
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> House:
+        try:
+            await self._open()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _open(self) -> None:
+        """As the server does it."""
+        settings, stack = self._settings, self._stack
+        claimed = instance.claim(settings.state)
+        stack.callback(claimed.close)
+        store = Store.open(settings.state / FILE_NAME)
+        stack.callback(store.close)
+        closing, watcher, background = Closing(), Watcher(), Tasks()
+        stack.push_async_callback(background.close)
+        background.start(watcher.run(), "journal watcher")
+        journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
+        boxes = Boxes()
+        looking = Looking(store, boxes, journals, watcher, closing)
+        records = Records(store, settings.state / "shells")
+        executions = Executions(store, boxes, journals, records, looking, per_box=100, in_all=100)
+        stack.push_async_callback(executions.close)
+        self._engine = OciEngine(settings, claimed, Network(settings, claimed))
+        incidents = Incidents(self._engine, journals.folder)
+        changes = Changes(store, self._clock)
+        means = Means(
+            changes, self._engine, executions, looking, Files(), incidents, {"PATH": "/usr/bin:/bin"},
+            settings.suspend_keep_memory_seconds, lambda _: self._image,
+        )  # fmt: skip
+        warm = Warm(self._engine, lambda: self._image, 0)
+        parts = (executions, changes, Supervisor(means), warm, closing, incidents)
+        self.devboxes = Devboxes(store, self._engine, *parts, retention_s=settings.retention_seconds)
+        await self._engine.open(await self.devboxes.kept())
+        stack.push_async_callback(self._engine.close)
+        stack.push_async_callback(self.devboxes.close)
+        await self.devboxes.open(rebooted=False)
+
+    async def create(self, **body: Any) -> str:
+        """A running devbox; its id."""
+        devbox = await self.devboxes.create(ACCOUNT, msgspec.convert(body, CreateDevbox), Once(None, hashlib.sha256()))
+        return (await self.reached(devbox.id, "running")).id
+
+    async def ask(self, box: str, event: Event) -> None:
+        await self.devboxes.ask(ACCOUNT, box, event)
+
+    async def get(self, box: str) -> Devbox:
+        return await self.devboxes.get(ACCOUNT, box)
+
+    async def reached(self, box: str, status: str) -> Devbox:
+        """The devbox as soon as it has this status."""
+        found = await self.devboxes.reached(await self.get(box), frozenset({status}), _PATIENCE_S)
+        assert found is not None, await self.get(box)
+        return found
