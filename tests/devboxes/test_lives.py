@@ -13,7 +13,7 @@ from devboxd.devboxes.states import Event
 from devboxd.engine.base import Image
 from devboxd.engine.images import Images
 from support.engine import Host
-from support.house import House, SetClock
+from support.house import ACCOUNT, House, SetClock
 
 pytestmark = [pytest.mark.box, pytest.mark.anyio]
 NOON_MS = 1_800_000_000_000
@@ -162,3 +162,28 @@ async def test_a_deadline_holds_while_no_server_runs(image: Image, clock: SetClo
         assert await outcome(house, late) == RUNS
         await clock.move(0.001)
         assert (await house.reached(late, "shutdown")).shutdown_reason == "keep_alive_timeout"
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "reason"), [("shutdown", "shutdown", "idle"), ("suspend", "suspended", None)]
+)
+async def test_idle_time_goes_on_while_no_server_runs(
+    image: Image, clock: SetClock, state: Path, what: str, status: str, reason: str | None
+) -> None:
+    """What was used, or kept alive, before the server went has the whole time again; also right before."""
+    launch = {"after_idle": after_idle(what)}
+    async with House(image, state, clock) as house:
+        unused, used, kept = [await house.create(launch_parameters=launch) for _ in range(3)]
+        await clock.move(IDLE_S - 2 * LOOK_S)
+        await house.devboxes.usable(ACCOUNT, used)
+        await clock.move(LOOK_S)
+        await house.ask(kept, Event.KEEP_ALIVE_ASKED)
+    clock.jump(3 * LOOK_S)
+    async with House(image, state, clock) as house:
+        await clock.awaited(6)
+        await clock.move(LOOK_S)
+        assert (await house.reached(unused, status)).shutdown_reason == reason
+        assert await outcome(house, used) == await outcome(house, kept) == RUNS
+        await clock.move(IDLE_S)
+        for box in (used, kept):
+            assert (await house.reached(box, status)).shutdown_reason == reason

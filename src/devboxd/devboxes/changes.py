@@ -94,6 +94,7 @@ class Changes:
             values: dict[str, Any] = more if move.status != devbox.status else {}
             if Effect.RESET_DEADLINE in move.effects:
                 values["deadline_ms"] = deadline(devbox.launch_parameters, now)
+                values["idle_since_ms"] = None
             if Effect.BOOT in move.effects:
                 values["boots"] = devbox.boots + 1
             if move.status != devbox.status:

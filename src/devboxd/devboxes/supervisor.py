@@ -141,8 +141,9 @@ class Supervisor:
             looked, used = now, cpu
             was, idle = idle, idle.look(self._clock.now_ms(), signs)
             life.awake = signs.reasons()
-            if (was.since_ms is None) != (idle.since_ms is None):
+            if was != idle:
                 await self._changes.note(life, idle_since_ms=idle.since_ms)
+            if (was.since_ms is None) != (idle.since_ms is None):
                 _log.info("devbox idle" if not life.awake else "devbox in use", id=life.devbox.id, by=life.awake)
             if idle.since_ms is not None and idle.left_s(self._clock.now_ms(), policy.idle_time_seconds) <= 0:
                 suspend = policy.on_idle == "suspend"
