@@ -123,6 +123,26 @@ def test_update_is_a_patch(api: Api, box: str) -> None:
     assert api.call("POST", path, {"metadata": {}})["metadata"] == {}
 
 
+def test_a_repeated_update_undoes_nothing(own_server: Server) -> None:
+    """Who got no answer asks again, perhaps after somebody else's change."""
+    with own_server.api() as api:
+        box = api.create()
+        snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+        paths = (f"/v1/devboxes/{box}", f"/v1/devboxes/disk_snapshots/{snapshot}")
+        headers = {"x-request-id": str(uuid.uuid4())}
+        first = [api.call("POST", path, {"name": "first"}, headers=headers) for path in paths]
+        for path in paths:
+            api.call("POST", path, {"name": "second"})
+        assert [api.call("POST", path, {"name": "first"}, headers=headers) for path in paths] == first
+        own_server.kill()
+    own_server.start()
+    with own_server.api() as api:
+        assert api.call("POST", paths[0], {"name": "first"}, headers=headers) == first[0]
+        assert api.call("POST", paths[1], {"name": "first"}, headers=headers)["id"] == snapshot
+        assert api.box(box)["name"] == "second"
+        assert api.call("GET", f"{paths[1]}/status")["snapshot"]["name"] == "second"
+
+
 def test_lists_walk_newest_first(own_server: Server) -> None:
     with own_server.api() as api:
         made = [api.call("POST", "/v1/devboxes", {"name": str(i)})["id"] for i in range(5)]

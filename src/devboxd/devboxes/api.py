@@ -68,7 +68,7 @@ async def update_devbox(devboxes: Devboxes, call: Call, devbox_id: str, body: Up
     check_labels(
         body.name if isinstance(body.name, str) else None, body.metadata if isinstance(body.metadata, dict) else None
     )
-    return (await devboxes.update(call.account, devbox_id, body)).view()
+    return (await devboxes.update(call.account, devbox_id, body, call.once)).view()
 
 
 async def wait_for_devbox(devboxes: Devboxes, call: Call, devbox_id: str, body: WaitForStatus) -> DevboxView:

@@ -108,7 +108,7 @@ class Changes:
                     values["shutdown_reason"] = move.shutdown_reason
                     values["failure_reason"] = failure.reason if failure else None
             if values:
-                change = partial(_change, devbox=devbox, once=once, **values)
+                change = partial(changed, devbox=devbox, once=once, **values)
                 life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
                 if move.status in TERMINAL and devbox.status not in TERMINAL:
                     self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
@@ -136,11 +136,12 @@ class Changes:
                 await asyncio.sleep(_STORE_AGAIN_S)
 
 
-def _change(connection: Connection, devbox: Devbox, once: Once | None, **values: Any) -> Devbox:
-    changed = rows.change(connection, devbox, **values)
+def changed(connection: Connection, devbox: Devbox, once: Once | None, **values: Any) -> Devbox:
+    """Write columns of a devbox; the request that asked for it is bound to that, and the new view is its answer."""
+    new = rows.change(connection, devbox, **values)
     if once is not None:
-        once.bind(connection, changed.id, msgspec.json.encode(changed.view()))
-    return changed
+        once.bind(connection, new.id, msgspec.json.encode(new.view()))
+    return new
 
 
 def deadline(launch: LaunchParameters, now: int) -> int:

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from devboxd.devboxes import snapshot_store
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.changes import BoxFailure, Changes, Life, deadline, refused
+from devboxd.devboxes.changes import BoxFailure, Changes, Life, changed, deadline, refused
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
@@ -230,8 +230,8 @@ class Devboxes:
         """A page of devboxes, newest first: (devboxes, whether more follow, how many match)."""
         return await self._store.read(lambda c: rows.page(c, account, status, starting_after, limit, count))
 
-    async def update(self, account: str, devbox_id: str, body: UpdateDevbox) -> Devbox:
-        """Change name or metadata; what is absent stays."""
+    async def update(self, account: str, devbox_id: str, body: UpdateDevbox, once: Once) -> Devbox:
+        """Change name or metadata; what is absent stays. A repeat does not undo what others changed since."""
         devbox = await self.get(account, devbox_id)
         values: dict[str, Any] = {}
         if body.name is not msgspec.UNSET and body.name is not None:
@@ -239,13 +239,12 @@ class Devboxes:
         if body.metadata is not msgspec.UNSET and body.metadata is not None:
             values["metadata"] = body.metadata
         life = self._lives.get(devbox_id)
-        if not values:
+        if not values or once.ref is not None:
             return devbox
         if life is None:
-            return await self._store.write(lambda c: rows.change(c, devbox, **values))
+            return await self._store.write(partial(changed, devbox=devbox, once=once, **values))
         async with life.lock:
-            current = life.devbox
-            life.update(await self._store.write(lambda c: rows.change(c, current, **values)))
+            life.update(await self._store.write(partial(changed, devbox=life.devbox, once=once, **values)))
             return life.devbox
 
     async def ask(self, account: str, devbox_id: str, event: Event, once: Once | None = None) -> Devbox:

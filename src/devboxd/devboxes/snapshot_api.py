@@ -178,7 +178,7 @@ async def update_snapshot(
     }
     _check(given.get("name"), given.get("metadata"), given.get("commit_message"))
     values = {name: value or ({} if name == "metadata" else None) for name, value in given.items()}
-    return _view(await snapshots.update(call.account, snapshot_id, **values))
+    return _view(await snapshots.update(call.account, snapshot_id, call.once, **values))
 
 
 async def verify_snapshot(snapshots: Snapshots, call: Call, snapshot_id: str) -> VerifiedView:

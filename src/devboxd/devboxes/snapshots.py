@@ -122,12 +122,24 @@ class Snapshots:
         """All values of one key."""
         return await self._store.read(lambda c: rows.values_of(c, account, key))
 
-    async def update(self, account: str, snapshot_id: str, **values: Any) -> Snapshot:
-        """Write name, commit message or metadata. Raises 404 for one that is deleted."""
+    async def update(self, account: str, snapshot_id: str, once: Once, **values: Any) -> Snapshot:
+        """Write name, commit message or metadata. Raises 404 for one that is deleted.
+
+        A repeat does not undo what others changed since.
+        """
         snapshot = await self.get(account, snapshot_id)
+        if once.ref is not None:
+            return snapshot
         if snapshot.status == DELETED:
             raise not_found(f"cannot change the snapshot {snapshot_id}: it was deleted")
-        return await self._store.write(lambda c: rows.change(c, snapshot, **values)) if values else snapshot
+        if not values:
+            return snapshot
+
+        def change(connection: Connection) -> Snapshot:
+            once.bind(connection, snapshot_id)
+            return rows.change(connection, snapshot, **values)
+
+        return await self._store.write(change)
 
     async def digested(self, snapshot: Snapshot) -> Snapshot:
         """A complete snapshot with the digest of what it holds, made when somebody first asks. Raises as `verify`."""
