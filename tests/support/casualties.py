@@ -52,18 +52,25 @@ def kill_agent(moment: str, actor: Actor) -> None:
 
 
 def kill_runtime(actor: Actor) -> None:
-    """Kill the runtime that makes a devbox, which says so, unless that came too late or a new server made it again."""
+    """Make devboxes until the runtime was killed in the middle of one, which says so."""
+    while not _killed_in_time(actor):
+        pass
+
+
+def _killed_in_time(actor: Actor) -> bool:
+    """Not when the runtime had done its work already, or when a new server made the devbox again."""
     actor.word()
     box = _make(actor, {})
     was_killed = _kill_runtime(actor.client.server, box, actor.chance.uniform(0, _MOST_S))
     view = actor.client.wait(f"/v1/devboxes/{box}", "running", "failure")
     if view["status"] == "running":
         assert actor.client.ask(f"/v1/devboxes/{box}/shutdown")["status"] == "shutdown"
-        return
+        return False
     assert was_killed, view
     assert view["failure_reason"] == "health_check_failed", view
     assert "was ended by signal 9" in view["state_transitions"][-1]["failure_reason"], view
     actor.notes.dead.append(Dead(box, MAKING))
+    return True
 
 
 def check(api: Api, server: Server, dead: list[Dead]) -> None:
@@ -122,7 +129,8 @@ def _kill_runtime(server: Server, box: str, seconds: float) -> bool:
     while not made.exists() and time.monotonic() < deadline:
         for pid in _children(server.pid):
             with contextlib.suppress(OSError), _held(pid) as pidfd:
-                if box.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"--bundle" in words and box.encode() in words:
                     time.sleep(seconds)  # the moment is what varies here
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     return True
