@@ -139,10 +139,12 @@ def _kill_runtime(server: Server, box: str, seconds: float) -> bool:
 
 
 def _children(pid: int) -> list[int]:
+    """Of a process that may end meanwhile, as its threads may."""
     found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [int(word) for word in path.read_text().split()]
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                found += [int(word) for word in Path(f"/proc/{pid}/task/{thread}/children").read_text().split()]
     return found
 
 
