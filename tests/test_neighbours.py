@@ -94,7 +94,7 @@ def test_a_user_that_has_all_its_processes_keeps_the_devbox_of_use(quiet_server:
     assert asking.output(box, "echo $((6 * 7))") == "42\n"
     assert "BlockingIOError" in asking.run(box, "exec python3 -c 'import os; os.fork()'")["stderr"]
     assert asking.read(box, "/etc/hostname").startswith("devbox-")
-    asking.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill")
+    asking.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill", {"kill_process_group": True})
     asking.wait(box, execution)
     assert asking.output(box, "true | echo after") == "after\n"
     asking.shutdown(box)
