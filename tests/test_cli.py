@@ -260,7 +260,8 @@ def test_exec_gives_large_output_whole(env: dict[str, str], box: str) -> None:
 
 
 def test_an_interrupt_kills_the_command_in_the_box(env: dict[str, str], box: str) -> None:
-    command = [sys.executable, "-m", "devboxd.cli", "boxes", "exec", box, "--", "echo begun; sleep 314159"]
+    program = ("env", "--default-signal=INT", sys.executable)  # whoever runs the tests may ignore it, and so would we
+    command = [*program, "-m", "devboxd.cli", "boxes", "exec", box, "--", "echo begun; sleep 314159"]
     with subprocess.Popen(
         command, env={**os.environ, **env}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
     ) as child:

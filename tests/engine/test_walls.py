@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from devboxd.engine import bundle, seccomp
-from devboxd.engine.base import Image
+from devboxd.engine.base import Image, Resources
 from support.engine import Box, Host
 
 pytestmark = [pytest.mark.anyio, pytest.mark.box]
@@ -255,7 +255,7 @@ async def test_other_limits_can_be_lowered(shared: Box) -> None:
 
 
 async def test_every_limit_is_set(shared: Box) -> None:
-    names = {row["type"] for row in bundle.rlimits()}
+    names = {row["type"] for row in bundle.rlimits(Resources(1, 1 << 30))}
     assert len(names) == 14
     text = Path(f"/proc/{shared.pid}/limits").read_text()  # noqa: ASYNC240
     assert "Max locked memory         8388608" in text

@@ -162,7 +162,7 @@ class House:
         await self._engine.open(await self.devboxes.kept())
         stack.push_async_callback(self._engine.close)
         stack.push_async_callback(self.devboxes.close)
-        await self.devboxes.open(rebooted=False)
+        await self.devboxes.open(interruption=None)
 
     async def create(self, **body: Any) -> str:
         """A running devbox; its id."""

@@ -27,9 +27,9 @@ MASKED = (
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _MIB = 1 << 20
 _UNLIMITED = resource.RLIM_INFINITY
-_PER_USER = Resources.pids - 24
-"""Processes of one user of a box. Below the limit of the pids cgroup, which the kernel looks at after it has copied all
-that a fork copies, locks of files shared with other boxes included; at this one before. The rest is for the agent."""
+_AGENTS_OWN = 24
+"""So many processes fewer than the pids cgroup allows may each user of a box have: there the kernel looks after it has
+copied all that a fork copies, locks of files shared with other boxes included; at a user's limit before."""
 _LIMITS = {
     "AS": (_UNLIMITED, _UNLIMITED),
     "CORE": (1, 1),  # the one value with which the kernel starts no core handler of the host
@@ -40,7 +40,6 @@ _LIMITS = {
     "MSGQUEUE": (819200, 819200),
     "NICE": (0, 0),
     "NOFILE": (65536, 1048576),
-    "NPROC": (_PER_USER, _PER_USER),
     "RSS": (_UNLIMITED, _UNLIMITED),
     "RTPRIO": (0, 0),
     "SIGPENDING": (65536, 65536),
@@ -76,7 +75,7 @@ def config(
             "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
             "cwd": "/",
             "capabilities": {kind: CAPABILITIES for kind in ("bounding", "effective", "permitted")},
-            "rlimits": rlimits(),
+            "rlimits": rlimits(spec.resources),
             "noNewPrivileges": False,
             "oomScoreAdj": max(0, linux.oom_adjustment()),  # less than this the machine does not permit
         },
@@ -95,10 +94,11 @@ def mappings(first_uid: int) -> dict[str, Any]:
     return {"uidMappings": rows, "gidMappings": rows}
 
 
-def rlimits() -> list[dict[str, Any]]:
+def rlimits(resources: Resources) -> list[dict[str, Any]]:
     """Every limit, so that none comes from whoever started the server; none above what this host allows."""
     rows = []
-    for name, (soft, hard) in _LIMITS.items():
+    processes = max(1, resources.pids - _AGENTS_OWN)
+    for name, (soft, hard) in {**_LIMITS, "NPROC": (processes, processes)}.items():
         allowed = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
         least = [value for value in (hard, allowed) if value != _UNLIMITED]
         hard = min(least) if least else _UNLIMITED
