@@ -32,6 +32,8 @@ class Disks:
         self._pool = pool
         self._folder = pool.folder
         self._held = False
+        self._own: tuple[str, ...] = ()
+        """The files that a new disk gets."""
 
     def open(self) -> None:
         """Open the pool and remove what an earlier server was making or removing. Raises SetupError."""
@@ -73,9 +75,8 @@ class Disks:
             except FileNotFoundError:
                 self._copy(source, making, read_only=False)
         (making / "work").mkdir(exist_ok=True)
-        (making / "slot").write_text(f"{slot}\n")
-        for name, text in files.items():
-            _put(making / "upper", name, text)
+        _write_own(making, slot, files)
+        self._own = tuple(files)
         making.rename(self._folder / box_id)
         return self._folder / box_id
 
@@ -87,7 +88,11 @@ class Disks:
         source, spare = self._folder / snapshot_id, self._spare(snapshot_id)
         if not self._pool.copies or spare.exists() or not source.exists():
             return
-        btrfs.snapshot(source, spare, read_only=False)
+        making = self._folder / (_MAKING + snapshot_id)
+        self._delete(making)
+        btrfs.snapshot(source, making, read_only=False)
+        _write_own(making, 0, dict.fromkeys(self._own, ""))  # what is shared no more is quick to write
+        making.rename(spare)
         if not source.exists():
             btrfs.delete(spare)
 
@@ -239,6 +244,13 @@ class Disks:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
             raise EngineError(f"cannot delete the disk {path}: {_last_line(done.stderr)}; look at the disk's health")
+
+
+def _write_own(disk: Path, slot: int, files: Mapping[str, str]) -> None:
+    """What differs from box to box."""
+    _put(disk, "slot", f"{slot}\n")
+    for name, text in files.items():
+        _put(disk / "upper", name, text)
 
 
 def _put(root: Path, name: str, text: str) -> None:
