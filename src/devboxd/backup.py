@@ -38,6 +38,7 @@ from devboxd.engine.images import Images
 from devboxd.engine.instance import InUse, hold
 from devboxd.engine.pool import Pool
 from devboxd.errors import SetupError
+from devboxd.store import db
 from devboxd.store.db import FILE_NAME, Store
 
 SECRETS = ("first-key",)
@@ -127,6 +128,7 @@ async def _write_all(settings: Settings, state: Path, target: Path, tell: Tell) 
     tell(1.0, "the output of executions")
     for name in _FOLDERS:
         _copy_folder(state / name, target / name)
+    os.sync()  # the list is never there before what it names
     _write(target / _LIST, msgspec.json.format(msgspec.json.encode(contents)))
     os.sync()
     tell(1.0, "done")
@@ -318,12 +320,10 @@ async def _store(folder: Path) -> AsyncIterator[Store]:
 
 
 def _copy_store(source: Path, target: Path) -> None:
-    """One instant of it, whoever writes it meanwhile."""
     if not source.exists():
         raise SetupError(f"cannot find the store {source}; has a server run with this folder?")
-    _write(target, b"")
-    with contextlib.closing(sqlite3.connect(source)) as read, contextlib.closing(sqlite3.connect(target)) as copy:
-        read.backup(copy)
+    with contextlib.closing(sqlite3.connect(source)) as read:
+        db.copy(read, target)
 
 
 def _copy_folder(source: Path, target: Path) -> None:
@@ -344,8 +344,5 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, content)
-    finally:
-        os.close(descriptor)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as opened:
+        opened.write(content)

@@ -113,10 +113,10 @@ class Disks:
                 btrfs.hold(self._folder / box_id, True)
 
     def hold(self, held: bool) -> None:
-        """Let no box write to its disk any more, as far as the pool can, or let all of them again."""
+        """Let no box write to its disk any more, as far as the pool can, or let all of them again. Raises OSError."""
         self._held = held
         for box_id in self.boxes() if self._pool.copies else ():
-            with contextlib.suppress(OSError):  # it has just gone
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
                 btrfs.hold(self._folder / box_id, held)
 
     def used(self, name: str) -> int | None:

@@ -266,8 +266,8 @@ class OciEngine:
                 await finished(self._pool.grow)
                 await finished(lambda: self._reserve.tend(self._cgroups.unwritten()))
                 if held is not self.disks_held:
+                    await finished(partial(self._disks.hold, self.disks_held))
                     was, held = held, self.disks_held
-                    await finished(partial(self._disks.hold, held))
                     if held:
                         _log.error("the disk below the storage is nearly full: boxes cannot write until there is room")
                     elif was:

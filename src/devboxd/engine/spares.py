@@ -9,6 +9,7 @@ from functools import partial
 
 import structlog
 
+from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
 
@@ -48,5 +49,5 @@ class Spares:
     async def _do(self, work: Callable[[str], None], snapshot_id: str) -> None:
         try:
             await finished(partial(work, snapshot_id))
-        except OSError as error:
+        except (EngineError, OSError) as error:
             _log.warning("cannot keep a copy of a snapshot ready", id=snapshot_id, error=str(error))

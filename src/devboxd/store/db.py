@@ -286,9 +286,9 @@ def _migrate(path: Path, engine: Engine) -> None:
                 " install that version again or restore an older copy of the store"
             )
         if current is not None:
-            copy = path.with_name(f"{path.name}.before-{HEAD}")
-            _copy(connection, copy)
-            _log.info("store.migrating", revision=current, to=HEAD, copy=str(copy))
+            before = path.with_name(f"{path.name}.before-{HEAD}")
+            copy(cast(sqlite3.Connection, connection.connection.driver_connection), before)
+            _log.info("store.migrating", revision=current, to=HEAD, copy=str(before))
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         try:
             upgrade(connection)
@@ -305,7 +305,8 @@ def _revision(connection: Connection) -> str | None:
     return None
 
 
-def _copy(connection: Connection, target: Path) -> None:
+def copy(source: sqlite3.Connection, target: Path) -> None:
+    """Write a store as it is at one instant into a file, whoever writes it meanwhile."""
     os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
-    with contextlib.closing(sqlite3.connect(target)) as copy:
-        cast(sqlite3.Connection, connection.connection.driver_connection).backup(copy)
+    with contextlib.closing(sqlite3.connect(target)) as written:
+        source.backup(written)
