@@ -122,21 +122,25 @@ def test_without_a_server_the_same_is_kept(own_server: Server, place: Path, rest
 
 def test_archives_that_are_damaged_cost_only_what_they_held(own_server: Server, place: Path, restored: Server) -> None:
     with own_server.api() as api:
-        box, other = api.create(), api.create()
+        box, other, asleep = api.create(), api.create(), api.create()
+        api.call("POST", f"/v1/devboxes/{asleep}/suspend")
+        api.wait_box(asleep, "suspended")
         first, second = (api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"] for _ in range(2))
         devboxd(own_server, "backup", place, "--state", own_server.state)
-    for name in (f"snapshots/{first}.tar", f"disks/{other}.tar"):
+    for name in (f"snapshots/{first}.tar", f"disks/{other}.tar", f"disks/{asleep}.tar"):
         with (place / name).open("r+b") as file:
             file.seek(1000)
             file.write(b"other bytes")
     said = devboxd(restored, "restore", place, "--state", restored.state, code=1)
-    assert all(f"not restored: {name}: " in said for name in (first, other))
+    assert all(f"not restored: {name}: " in said for name in (first, other, asleep))
     restored.start()
     with restored.api() as api:
         assert "was not restored" in api.call("GET", f"/v1/devboxes/disk_snapshots/{first}/status")["error_message"]
         assert api.output(api.create(snapshot_id=second), "echo whole") == "whole\n"
         view = api.wait_box(other, "failure")
         assert view["state_transitions"][-1]["failure_reason"].startswith("it was restored from a backup, and")
+        view = api.wait_box(asleep, "failure")
+        assert view["state_transitions"][-1]["failure_reason"] == "it was restored from a backup, without its disk"
         assert api.wait_box(box, "suspended")
 
 
