@@ -198,7 +198,8 @@ async def restore(settings: Settings, source: Path, secrets: Path | None, tell: 
             os.sync()
             (state / _MARK).unlink()
     except (OSError, sqlite3.Error) as error:
-        raise SetupError(f"cannot restore into {state}: {error}; then run this again") from error
+        raise SetupError(f"cannot restore into {state}: {error}; mend that, and run this again") from error
+    tell(1.0, "done")
     return {name: why for name, why in (contents.left_out | lost).items() if why != DELETED}
 
 
