@@ -134,7 +134,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         incidents = Incidents(engine, journals.folder)
         changes = Changes(store, Clock())
         means = _means(settings, changes, engine, executions, looking, files, incidents, images)
-        warm = Warm(engine, images.default, settings.warm_boxes)
+        warm = Warm(engine, images.default, base_environment(settings), settings.warm_boxes)
         parts = (executions, changes, Supervisor(means), warm, closing, incidents)
         devboxes = Devboxes(store, engine, *parts, retention_s=settings.retention_seconds)
         tailing = Tailing(devboxes, looking, incidents, boxes, journals, watcher, closing)

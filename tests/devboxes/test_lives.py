@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from devboxd.config import Settings
 from devboxd.devboxes.states import Event
-from devboxd.engine.base import Image
+from devboxd.engine.base import BoxSpec, Image
 from devboxd.engine.images import Images
+from devboxd.store.db import StoreError
 from support.engine import Host
 from support.house import ACCOUNT, House, SetClock
 
@@ -187,3 +189,26 @@ async def test_idle_time_goes_on_while_no_server_runs(
         await clock.move(IDLE_S)
         for box in (used, kept):
             assert (await house.reached(box, status)).shutdown_reason == reason
+
+
+async def test_one_that_cannot_be_written_down_leaves_no_box(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its box is made while its row is written."""
+    kept = await house.create()
+    made = asyncio.Event()
+    create, write = house.engine.create, house.store.write
+
+    async def creating(spec: BoxSpec) -> None:
+        await create(spec)
+        made.set()
+
+    async def refusing(*_: Any, **__: Any) -> Any:
+        await made.wait()
+        raise StoreError("cannot write to the store: a disk that is full")
+
+    monkeypatch.setattr(house.engine, "create", creating)
+    monkeypatch.setattr(house.store, "write", refusing)
+    with pytest.raises(StoreError, match="a disk that is full"):
+        await house.create()
+    monkeypatch.setattr(house.store, "write", write)
+    assert set(await house.engine.boxes()) == {kept}
+    assert house.devboxes.living() == ["running"]

@@ -60,6 +60,8 @@ def test_random_sequences_keep_the_rules(events: list[Event]) -> None:
 def test_the_way_to_running() -> None:
     assert step(Status.PROVISIONING, Event.BOOTED) == Move(Status.INITIALIZING, (Effect.PREPARE,))
     assert step(Status.INITIALIZING, Event.PREPARED) == Move(Status.RUNNING, (Effect.START_ENTRYPOINT,))
+    at_once = step(Status.PROVISIONING, Event.READY)
+    assert at_once == Move(Status.RUNNING, (Effect.START_ENTRYPOINT,), through=Status.INITIALIZING)
     assert step(Status.RUNNING, Event.USE_ASKED) == Move(Status.RUNNING)
     for status in LIVE:
         assert step(status, Event.SHUTDOWN_ASKED) == Move(Status.SHUTDOWN, (Effect.FREE,), "api_shutdown")

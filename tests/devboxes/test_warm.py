@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.api import Api
 from support.server import Server
 
 pytestmark = pytest.mark.box
@@ -33,13 +34,18 @@ def waiting(server: Server, number: int) -> set[str]:
         time.sleep(0.02)
 
 
+def counted(server: Server, api: Api, number: int) -> None:
+    """Return when so many boxes can be taken: each is whole a moment before that."""
+    deadline = time.monotonic() + 60
+    while f"devboxd_warm_boxes {number}.0\n" not in api.http.get("/metrics").text:
+        assert time.monotonic() < deadline, server.tail()
+        time.sleep(0.02)
+
+
 def test_a_devbox_takes_a_box_that_waits_and_is_like_any_other(server: Server) -> None:
     ahead = waiting(server, 2)
     with server.api() as api:
-        deadline = time.monotonic() + 60
-        while "devboxd_warm_boxes 2.0\n" not in api.http.get("/metrics").text:  # whole a moment before it is counted
-            assert time.monotonic() < deadline, server.tail()
-            time.sleep(0.02)
+        counted(server, api, 2)
         first = api.create(
             environment_variables={"WORD": "own"},
             file_mounts={"/tmp/f": "mounted"},
@@ -58,6 +64,22 @@ def test_a_devbox_takes_a_box_that_waits_and_is_like_any_other(server: Server) -
         waiting(server, 7)
         for one in (first, *later):
             api.shutdown(one)
+
+
+def test_the_rehearsal_of_a_command_leaves_nothing(server: Server) -> None:
+    ahead = waiting(server, 2)
+    with server.api() as api:
+        counted(server, api, 2)
+        own = {"etc/hostname", "etc/hosts", "etc/resolv.conf"}
+        for box in ahead:
+            upper = server.state / "disks" / box / "upper"
+            assert {str(path.relative_to(upper)) for path in upper.rglob("*") if not path.is_dir()} == own
+        mine = api.create()
+        assert mine in ahead
+        told = [line["message"] for line in api.call("GET", f"/v1/devboxes/{mine}/logs")["logs"]]
+        assert told == [f"the devbox is {status}" for status in ("provisioning", "initializing", "running")]
+        assert api.output(mine, "ps -eo comm= | sort").split() == ["bash", "init", "ps", "sort"]
+        api.shutdown(mine)
 
 
 def test_a_server_that_was_killed_leaves_none_that_nobody_wants(server: Server) -> None:

@@ -138,7 +138,7 @@ class House:
         settings, stack = self._settings, self._stack
         claimed = instance.claim(settings.state)
         stack.callback(claimed.close)
-        store = Store.open(settings.state / FILE_NAME)
+        self.store = store = Store.open(settings.state / FILE_NAME)
         stack.callback(store.close)
         closing, watcher, background = Closing(), Watcher(), Tasks()
         stack.push_async_callback(background.close)
@@ -149,18 +149,18 @@ class House:
         records = Records(store, settings.state / "shells")
         executions = Executions(store, boxes, journals, records, looking, per_box=100, in_all=100)
         stack.push_async_callback(executions.close)
-        self._engine = OciEngine(settings, claimed, Network(settings, claimed))
-        incidents = Incidents(self._engine, journals.folder)
+        self.engine = OciEngine(settings, claimed, Network(settings, claimed))
+        incidents = Incidents(self.engine, journals.folder)
         changes = Changes(store, self._clock)
         means = Means(
-            changes, self._engine, executions, looking, Files(), incidents, {"PATH": "/usr/bin:/bin"},
+            changes, self.engine, executions, looking, Files(), incidents, {"PATH": "/usr/bin:/bin"},
             settings.suspend_keep_memory_seconds, lambda _: self._image,
         )  # fmt: skip
-        warm = Warm(self._engine, lambda: self._image, 0)
+        warm = Warm(self.engine, lambda: self._image, {}, 0)
         parts = (executions, changes, Supervisor(means), warm, closing, incidents)
-        self.devboxes = Devboxes(store, self._engine, *parts, retention_s=settings.retention_seconds)
-        await self._engine.open(await self.devboxes.kept())
-        stack.push_async_callback(self._engine.close)
+        self.devboxes = Devboxes(store, self.engine, *parts, retention_s=settings.retention_seconds)
+        await self.engine.open(await self.devboxes.kept())
+        stack.push_async_callback(self.engine.close)
         stack.push_async_callback(self.devboxes.close)
         await self.devboxes.open(interruption=None)
 

@@ -24,7 +24,7 @@ from devboxd.store.db import Store, StoreError
 _log = structlog.get_logger()
 _STORE_AGAIN_S = 1.0
 _NEVER_MS = 1 << 60
-_LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED})
+_LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED, Event.READY})
 """What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
 
 
@@ -100,7 +100,8 @@ class Changes:
             if move.status != devbox.status:
                 text = failure.text if failure else None
                 values["status"] = move.status
-                values["transitions"] = [*devbox.transitions, StateTransition(move.status, now, text)]
+                passed = [] if move.through is None else [StateTransition(move.through, now)]
+                values["transitions"] = [*devbox.transitions, *passed, StateTransition(move.status, now, text)]
                 values["prepared"] = devbox.prepared or move.status == Status.RUNNING
                 values["idle_since_ms"] = None
                 if move.status in TERMINAL:

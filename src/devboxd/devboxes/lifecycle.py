@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -170,16 +170,24 @@ class Devboxes:
             rows.add(connection, devbox)
             once.bind(connection, devbox.id)
 
+        life = self._lives[devbox.id] = Life(devbox)
+        self._begin(life)  # the box is made while the row is written: without one nobody hears of the other
+        await self._tasks.finish(self._write_down(life, insert), f"create {devbox.id}")
+        self.created += 1
+        return devbox
+
+    async def _write_down(self, life: Life, insert: Callable[[Connection], None]) -> None:
+        """Commit a devbox that has begun. One that cannot be is taken back."""
         try:
             await self._store.write(insert)
-        except BaseException:
-            if warm_id is not None:
-                self._tasks.start(self._engine.destroy(warm_id), f"remove {warm_id}")
+        except Exception:
+            if life.supervisor is not None:
+                life.supervisor.cancel()
+                await asyncio.wait({life.supervisor})
+            await self._engine.destroy(life.devbox.id)
+            await self._executions.detach(life.devbox.id, "the devbox could not be written down")
+            self._lives.pop(life.devbox.id, None)
             raise
-        self.created += 1
-        self._lives[devbox.id] = Life(devbox)
-        self._begin(self._lives[devbox.id])
-        return devbox
 
     async def _image_of(self, account: str, snapshot_id: str | None) -> str | None:
         """The image below a snapshot. Raises 404 and 400 when no devbox can begin from it."""

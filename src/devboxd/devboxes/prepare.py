@@ -14,7 +14,7 @@ import structlog
 from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
 from devboxd.devboxes.store import Devbox
-from devboxd.devboxes.views import DEFAULT_HOOKS_MS
+from devboxd.devboxes.views import DEFAULT_HOOKS_MS, UserParameters
 from devboxd.errors import ApiError, comes_later
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
@@ -59,14 +59,27 @@ def user_of(devbox: Devbox) -> str:
     return user.username if user else DEFAULT_USER[0]
 
 
+def nothing_to_prepare(devbox: Devbox) -> bool:
+    """Whether `prepare` has no step to do."""
+    first_time = not devbox.prepared and bool(devbox.file_mounts or _own_user(devbox))
+    return not devbox.launch_parameters.launch_commands and not first_time
+
+
+def _own_user(devbox: Devbox) -> UserParameters | None:
+    """The user that must be made, None where the image has it."""
+    user = devbox.launch_parameters.user_parameters
+    if user is None or user.uid == 0 or (user.username, user.uid) == DEFAULT_USER:
+        return None
+    return user
+
+
 async def prepare(devbox: Devbox, box: Box, executions: Executions, looking: Looking, files: Files) -> None:
     """Do all steps in their order. Raises PreparationError at the first that fails, 503 where that is to be done again.
 
     A devbox that is resumed has its user and files already, and perhaps changed them since.
     """
-    user = devbox.launch_parameters.user_parameters
     new = not devbox.prepared
-    if new and user is not None and user.uid != 0 and (user.username, user.uid) != DEFAULT_USER:
+    if new and (user := _own_user(devbox)) is not None:
         script = _MAKE_USER.format(name=shlex.quote(user.username), uid=user.uid)
         handle = handle_of(devbox, "user")
         await _run(executions, looking, box, script, handle, SETUP, "making the user of user_parameters")

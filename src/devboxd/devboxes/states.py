@@ -37,6 +37,8 @@ class Event(StrEnum):
 
     BOOTED = "booted"
     PREPARED = "prepared"
+    READY = "ready"
+    """Booted, where nothing is to be prepared: both in one."""
     FAILED = "failed"
     RESUME_FAILED = "resume_failed"
     BOX_ENDED = "box_ended"
@@ -70,11 +72,15 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True)
 class Move:
-    """A legal pair: the next status (the same one where nothing changes), the effects, the reason of an end."""
+    """A legal pair: the next status (the same one where nothing changes), the effects, the reason of an end.
+
+    `through`: a status that it passes without staying there.
+    """
 
     status: Status
     effects: tuple[Effect, ...] = ()
     shutdown_reason: str | None = None
+    through: Status | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ _SNAPSHOT_RUNS = Refusal(409, "a snapshot of it is being taken; wait for that, o
 TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
     Event.BOOTED: {P: Move(I, (Effect.PREPARE,)), **_UNCHANGED},
     Event.PREPARED: {I: Move(R, (Effect.START_ENTRYPOINT,)), **_UNCHANGED},
+    Event.READY: {P: Move(R, (Effect.START_ENTRYPOINT,), through=I), **_UNCHANGED},
     Event.FAILED: _fail(),
     Event.RESUME_FAILED: {P: Move(Z), I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
     Event.BOX_ENDED: _fail(),

@@ -20,7 +20,14 @@ from devboxd.agent.client import AgentError
 from devboxd.devboxes.changes import BoxFailure, Changes, Life
 from devboxd.devboxes.idle import Idle, Signs
 from devboxd.devboxes.incidents import Incidents
-from devboxd.devboxes.prepare import PreparationError, handle_of, prepare, suspend_hooks, user_of
+from devboxd.devboxes.prepare import (
+    PreparationError,
+    handle_of,
+    nothing_to_prepare,
+    prepare,
+    suspend_hooks,
+    user_of,
+)
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import idle_policy, resources
@@ -211,9 +218,9 @@ class Supervisor:
     async def _work(self, life: Life) -> None:
         """Boot, prepare and run until the devbox ends by itself."""
         try:
-            await self._boot(life)
+            image = await self._boot(life)
             end = asyncio.ensure_future(self._engine.wait(life.devbox.id))
-            run = asyncio.ensure_future(self._run(life))
+            run = asyncio.ensure_future(self._run(life, image))
             try:
                 await asyncio.wait({end, run}, return_when=asyncio.FIRST_COMPLETED)
                 if run.done() and isinstance(run.exception(), BoxFailure):
@@ -239,10 +246,11 @@ class Supervisor:
         """A devbox that cannot be resumed goes back to sleep: its disk is worth more than its processes."""
         await self._changes.happen(life, Event.RESUME_FAILED if life.resuming else Event.FAILED, failure)
 
-    async def _boot(self, life: Life) -> None:
+    async def _boot(self, life: Life) -> str | None:
+        """Make the box; the name of its image, None where that was done before."""
         devbox = life.devbox
         if devbox.status != Status.PROVISIONING:
-            return
+            return None
         image = self._means.images(devbox.image)
         if image is None:
             raise BoxFailure(
@@ -252,9 +260,11 @@ class Supervisor:
         spec = BoxSpec(devbox.id, hostname(devbox.id), image, limits, devbox.snapshot_id)
         async with self._booting:
             await self._engine.create(spec)
-        await self._changes.happen(life, Event.BOOTED, image=image.name)
+        if not nothing_to_prepare(devbox):
+            await self._changes.happen(life, Event.BOOTED, image=image.name)
+        return image.name
 
-    async def _run(self, life: Life) -> None:
+    async def _run(self, life: Life, image: str | None) -> None:
         """Attach the agent, prepare, start the entrypoint; stay until it ends, attaching again when need be.
 
         Steps that met no agent are done again; if it never comes back, or has ended, that is the reason to tell.
@@ -264,7 +274,7 @@ class Supervisor:
         lost = asyncio.Event()
         faults: deque[float] = deque(maxlen=_FAULTS_MAX)
         await self._attach(life, box, lost)
-        steps = asyncio.ensure_future(self._steps(life, box))
+        steps = asyncio.ensure_future(self._steps(life, box, image))
         gone = asyncio.ensure_future(lost.wait())
         try:
             while True:
@@ -277,7 +287,7 @@ class Supervisor:
                     await self._attach(life, box, lost)
                     gone = asyncio.ensure_future(lost.wait())
                 if steps.done():
-                    steps = asyncio.ensure_future(self._steps(life, box))
+                    steps = asyncio.ensure_future(self._steps(life, box, image))
         finally:
             steps.cancel()
             gone.cancel()
@@ -306,7 +316,9 @@ class Supervisor:
         """The devbox as a place where commands run."""
         return Box(devbox.id, user_of(devbox), {**self._means.environment, **devbox.environment}, self._clock)
 
-    async def _steps(self, life: Life, box: Box) -> None:
+    async def _steps(self, life: Life, box: Box, image: str | None) -> None:
+        if life.devbox.status == Status.PROVISIONING:
+            await self._changes.happen(life, Event.READY, image=image)
         if life.devbox.status == Status.INITIALIZING:
             await prepare(life.devbox, box, self._executions, self._looking, self._files)
             await self._changes.happen(life, Event.PREPARED)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 
+from devboxd.devboxes.prepare import DEFAULT_USER
 from devboxd.devboxes.supervisor import hostname
 from devboxd.devboxes.views import LaunchParameters, resources
 from devboxd.engine.base import BoxSpec, Engine, EngineError, Image
+from devboxd.executions.rehearsal import rehearse
 from devboxd.ids import new_id
 
 _log = structlog.get_logger()
@@ -23,11 +25,14 @@ _REST_S = 0.05
 
 
 class Warm:
-    """At most `size` boxes that wait, filled up in the background by `fill`."""
+    """At most `size` boxes that wait, filled up in the background by `fill`. A command is rehearsed in each."""
 
-    def __init__(self, engine: Engine, image: Callable[[], Image | None], size: int) -> None:
+    def __init__(
+        self, engine: Engine, image: Callable[[], Image | None], environment: Mapping[str, str], size: int
+    ) -> None:
         self._engine = engine
         self._image = image
+        self._environment = environment
         self._size = size
         self._ready: deque[str] = deque()
         self._wanted = asyncio.Event()
@@ -66,6 +71,7 @@ class Warm:
         box_id = new_id("dbx")
         try:
             await self._engine.create(BoxSpec(box_id, hostname(box_id), image, resources(LaunchParameters())))
+            await rehearse(self._engine.agent_socket(box_id), DEFAULT_USER[0], self._environment)
         except EngineError as error:
             _log.warning("cannot make a box ahead", error=str(error))
             return False

@@ -103,6 +103,8 @@ class OciEngine:
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self._removals = asyncio.Semaphore(2)
         self._spares = Spares(self._disks)
+        self._limits: dict[str, Resources] = {}
+        """What was last set for each living box, as far as this server did it."""
         self._tasks = Tasks()
 
     async def open(self, kept: Collection[str] = ()) -> None:
@@ -147,7 +149,8 @@ class OciEngine:
     async def create(self, spec: BoxSpec) -> None:
         """Make and start a box. A living box of this id gets the limits; what is left of another is removed first."""
         if (record := self._record(spec.box_id)) and record.lives():
-            await self.resize(spec.box_id, spec.resources)
+            if self._limits.get(spec.box_id) != spec.resources:
+                await self.resize(spec.box_id, spec.resources)
             return
         async with self._starts:
             if (self._boxes / spec.box_id).exists():
@@ -156,6 +159,7 @@ class OciEngine:
             slot = await self._slots.take(kept)
             try:
                 await _in_own_thread(lambda: self._make(spec, slot))
+                self._limits[spec.box_id] = spec.resources
                 if spec.snapshot_id is not None and kept is None:
                     self._spares.used(spec.snapshot_id)
             except BaseException as error:
@@ -185,6 +189,7 @@ class OciEngine:
 
     async def _end(self, box_id: str) -> int | None:
         """Kill everything in the box and clear up; its slot."""
+        self._limits.pop(box_id, None)
         record = self._record(box_id)
         slot = record.slot if record and record.boot == linux.boot_id() else self._disks.slot(box_id)
         if record and record.lives():
@@ -199,8 +204,10 @@ class OciEngine:
             self._cgroups.limit(box_id, resources)
             self._disks.limit(box_id, resources.disk_bytes)
 
+        self._limits.pop(box_id, None)
         try:
             await finished(limit)
+            self._limits[box_id] = resources
         except OSError as error:
             raise EngineError(f"cannot set the limits of the box {box_id}: {error}") from error
 
