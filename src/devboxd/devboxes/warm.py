@@ -7,6 +7,7 @@ own limits, and everything else as any devbox does after its box has started. On
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -22,6 +23,7 @@ from devboxd.ids import new_id
 _log = structlog.get_logger()
 _AGAIN_S = 10.0
 _REST_S = 0.05
+"""How long nobody has taken a box before another one is made: who creates devboxes has the processors for that."""
 
 
 class Warm:
@@ -36,6 +38,7 @@ class Warm:
         self._size = size
         self._ready: deque[str] = deque()
         self._wanted = asyncio.Event()
+        self._taken_at = -_REST_S
 
     @property
     def ready(self) -> int:
@@ -45,18 +48,23 @@ class Warm:
     def take(self) -> str | None:
         """The id of a box that waits, None when there is none. From now on it belongs to the caller."""
         self._wanted.set()
+        self._taken_at = time.monotonic()
         return self._ready.popleft() if self._ready else None
 
     async def fill(self) -> None:
         """Keep the number up, without end."""
         while True:
+            self._wanted.clear()
             while len(self._ready) < self._size and self._engine.short_of() is None:
+                await self._rest()
                 if not await self._make():
                     await asyncio.sleep(_AGAIN_S)
             await self._wanted.wait()
-            # Not a wait for something: who took a box has the processors for itself meanwhile.
-            await asyncio.sleep(_REST_S)
-            self._wanted.clear()
+
+    async def _rest(self) -> None:
+        """Return when nobody has taken a box for a while, or none waits any more."""
+        while self._ready and (left := self._taken_at + _REST_S - time.monotonic()) > 0:
+            await asyncio.sleep(left)
 
     async def close(self) -> None:
         """End those that wait."""
