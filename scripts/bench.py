@@ -70,7 +70,7 @@ class Bench:
     # -- the figures ---------------------------------------------------------------------------------------------
 
     def creating(self) -> Iterator[Figure]:
-        """A devbox from nothing to the end of its first command, from a box that waits; without a pause and with one."""
+        """A devbox from nothing to the end of its first command, from a box that waits; with a pause and without."""
         server = Server(pool_size=str(_ROUNDS), warm_boxes=str(_ROUNDS)).start()
         try:
             warm = type(self)(server)

@@ -40,7 +40,8 @@ def test_every_setting_can_come_from_the_environment() -> None:
     texts = {"tuple[str, ...]": "a, b", "bool": "true", "int": "7", "Path": "/x", "str": "crun"}
     environ = {"DEVBOXD_CONFIG": "/dev/null"}
     for field in msgspec.structs.fields(Settings):
-        kind = getattr(field.type, "__name__", "") if isinstance(field.type, type) else ""
+        declared = field.type.__origin__ if hasattr(field.type, "__metadata__") else field.type  # of Annotated
+        kind = getattr(declared, "__name__", "") if isinstance(declared, type) else ""
         environ[f"DEVBOXD_{field.name.upper()}"] = texts.get(kind, "/a,/b" if "Path" in str(field.type) else "a, b")
     settings = load({}, environ)
     assert settings.domains == ("a", "b")

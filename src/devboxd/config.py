@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -57,6 +57,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Index of pip in boxes; unset: the host's, when boxes can reach it."""
     npm_registry: str | None = None
     """Registry of npm in boxes; unset: the host's, when boxes can reach it."""
+    disk_bytes_per_second: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Most bytes that each new box reads from the disk in a second, and writes to it; 0: as many as the disk gives."""
     pool_size: int = 4
     """How many namespaces with network are kept ready for new boxes."""
     warm_boxes: int = 2

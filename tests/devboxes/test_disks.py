@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -49,3 +50,22 @@ def _says(api: Api, box: str, words: str) -> None:
     while not any(words in str(line["message"]) for line in api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]):
         assert time.monotonic() < deadline, f"the log never says that {words}"
         time.sleep(0.1)
+
+
+@pytest.fixture
+def paced() -> Iterator[Server]:
+    server = Server(disk_bytes_per_second=str(8 << 20))
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+def test_no_box_is_faster_with_its_disk_than_the_setting_says(paced: Server) -> None:
+    with paced.api() as api:
+        box = api.create()
+        for way in ("if=/dev/zero of=/tmp/much conv=fsync", "if=/tmp/much of=/dev/null iflag=direct"):
+            begun = time.monotonic()
+            api.output(box, f"dd {way} bs=1M count=24 2>/dev/null")
+            assert time.monotonic() - begun > 2.0, "24 MiB, 8 a second"
+        api.shutdown(box)

@@ -56,6 +56,22 @@ def test_version_2_writes_its_limits(tree: Path) -> None:
     assert groups.boxes() == {"b"}
 
 
+def test_version_2_writes_the_pace_for_each_disk(tree: Path) -> None:
+    groups = cgroups.find("t", tree, pace=5 << 20)
+    groups.enable()
+    assert (tree / "devboxd-t/boxes/cgroup.subtree_control").read_text() == "+cpu +memory +pids +io"
+    groups.disks = ["7:0"]
+    groups.create("b", SIZE)
+    assert (tree / "devboxd-t/boxes/b/io.max").read_text() == "7:0 rbps=5242880 wbps=5242880"
+
+
+def test_a_pace_that_no_controller_keeps_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    cgroups.find("t", tmp_path)
+    with pytest.raises(SetupError, match="cannot keep disk_bytes_per_second: .* set it to 0"):
+        cgroups.find("t", tmp_path, pace=1 << 20)
+
+
 def test_version_2_gives_the_server_ten_times_the_weight(tree: Path) -> None:
     groups = cgroups.find("t", tree)
     groups.open()

@@ -18,6 +18,7 @@ from devboxd.devboxes.supervisor import hostname
 from devboxd.devboxes.views import LaunchParameters, resources
 from devboxd.engine.base import BoxSpec, Engine, EngineError, Image
 from devboxd.executions.rehearsal import rehearse
+from devboxd.http.streams import wait
 from devboxd.ids import new_id
 
 _log = structlog.get_logger()
@@ -64,7 +65,8 @@ class Warm:
     async def _rest(self) -> None:
         """Return when nobody has taken a box for a while, or none waits any more."""
         while self._ready and (left := self._taken_at + _REST_S - time.monotonic()) > 0:
-            await asyncio.sleep(left)
+            self._wanted.clear()
+            await wait(self._wanted, left)
 
     async def close(self) -> None:
         """End those that wait."""

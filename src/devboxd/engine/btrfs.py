@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from devboxd.agent.descriptors import filesystem_type
+
 MAGIC = 0x9123683E
 _TYPE = 0x94 << 8
 _WRITE, _READ_WRITE = 1 << 30, 3 << 30
@@ -125,6 +127,18 @@ _FS_INFO = 2 << 30 | 1024 << 16 | _TYPE | 31
 def _count(path: Path, name: str) -> int:
     with _opened(path) as descriptor:
         return int((_groups(descriptor) / f"0_{_subvolume_id(descriptor)}" / name).read_text())
+
+
+def holds(folder: Path) -> bool:
+    """Whether a folder lies on btrfs."""
+    with _opened(folder) as descriptor:
+        return filesystem_type(descriptor) == MAGIC
+
+
+def devices(folder: Path) -> set[str]:
+    """The numbers, as major:minor, of the devices of the file system of a folder. Raises OSError."""
+    with _opened(folder) as descriptor:
+        return {path.read_text().strip() for path in (_groups(descriptor).parent / "devices").glob("*/dev")}
 
 
 def _groups(descriptor: int) -> Path:

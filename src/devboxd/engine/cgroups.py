@@ -14,7 +14,7 @@ import errno
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -32,9 +32,12 @@ _PATIENCE_SECONDS = 10.0
 class Cgroups(ABC):
     """The cgroups of one instance. Folders of boxes are named by their ids."""
 
-    def __init__(self, instance: str, root: Path) -> None:
+    def __init__(self, instance: str, root: Path, pace: int = 0) -> None:
+        """`pace`: bytes in a second that a box reads from each of `disks`, and writes to it; 0 without a bound."""
         self.name = f"devboxd-{instance}"
         self.root = root
+        self.disks: Collection[str] = ()
+        self._pace = pace
         self._home: Path | None = None
 
     @abstractmethod
@@ -56,6 +59,10 @@ class Cgroups(ABC):
     @abstractmethod
     def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
         """Which file of the box gets which text, in this order."""
+
+    @abstractmethod
+    def paces(self, box_id: str, disk: str) -> Iterator[tuple[Path, str]]:
+        """The same for one disk, as major:minor."""
 
     @abstractmethod
     def oom_kills(self, box_id: str) -> int:
@@ -116,6 +123,9 @@ class Cgroups(ABC):
         for top in self.tops():
             (top / "boxes" / box_id).mkdir(exist_ok=True)
         self.limit(box_id, resources)
+        for disk in self.disks if self._pace else ():
+            for file, text in self.paces(box_id, disk):
+                file.write_text(text)
 
     async def freeze(self, box_id: str) -> None:
         """Stop all processes of the box, and return when none runs any more. Raises EngineError after ten seconds."""
@@ -215,7 +225,8 @@ class Version1(Cgroups):
 
     @cached_property
     def _tops(self) -> list[Path]:
-        found = [self.root / name for name in (*_CONTROLLERS, "cpuacct", "freezer") if (self.root / name).exists()]
+        names = (*_CONTROLLERS, "cpuacct", "freezer", *(("blkio",) if self._pace else ()))
+        found = [self.root / name for name in names if (self.root / name).exists()]
         return [path / self.name for path in dict.fromkeys(path.resolve() for path in found)]
 
     def hierarchies(self) -> list[Path]:
@@ -239,6 +250,11 @@ class Version1(Cgroups):
             yield memory / "memory.memsw.limit_in_bytes", str(resources.memory_bytes)
         yield memory / "memory.swappiness", "0"
         yield pids / "pids.max", str(resources.pids)
+
+    def paces(self, box_id: str, disk: str) -> Iterator[tuple[Path, str]]:
+        """What the kernel writes later, of itself, belongs to nobody here."""
+        for way in ("read", "write"):
+            yield self._box("blkio", box_id) / f"blkio.throttle.{way}_bps_device", f"{disk} {self._pace}"
 
     def oom_kills(self, box_id: str) -> int:
         """From memory.oom_control."""
@@ -293,7 +309,8 @@ class Version2(Cgroups):
     def enable(self) -> None:
         """Hand the controllers that exist down to the boxes."""
         existing = (self.root / "cgroup.controllers").read_text().split()
-        wanted = " ".join(f"+{name}" for name in _CONTROLLERS if name in existing)
+        names = (*_CONTROLLERS, *(("io",) if self._pace else ()))
+        wanted = " ".join(f"+{name}" for name in names if name in existing)
         for group in (self.root, self.root / self.name, self.root / self.name / "boxes"):
             (group / "cgroup.subtree_control").write_text(wanted)
 
@@ -315,6 +332,10 @@ class Version2(Cgroups):
                 yield box / "memory.swap.max", "0"
         if "pids" in enabled:
             yield box / "pids.max", str(resources.pids)
+
+    def paces(self, box_id: str, disk: str) -> Iterator[tuple[Path, str]]:
+        """Of all that the box writes, also when the kernel does so later."""
+        yield self._box(box_id) / "io.max", f"{disk} rbps={self._pace} wbps={self._pace}"
 
     def oom_kills(self, box_id: str) -> int:
         """From memory.events."""
@@ -349,18 +370,23 @@ class Version2(Cgroups):
         return self.tops()[0] / "boxes" / box_id
 
 
-def find(instance: str, root: Path = ROOT) -> Cgroups:
-    """The version that this machine has. Raises SetupError when cpu, memory or pids cannot be limited."""
+def find(instance: str, root: Path = ROOT, pace: int = 0) -> Cgroups:
+    """The version that this machine has. Raises SetupError when cpu, memory or pids cannot be limited, or a pace."""
     if (root / "cgroup.controllers").exists():
         offered = (root / "cgroup.controllers").read_text().split()
-        version: Cgroups = Version2(instance, root)
+        version: Cgroups = Version2(instance, root, pace)
     else:
         offered = [path.name for path in root.iterdir()] if root.is_dir() else []
-        version = Version1(instance, root)
+        version = Version1(instance, root, pace)
     if missing := [name for name in _CONTROLLERS if name not in offered]:
         raise SetupError(
             f"cannot limit boxes: {root} offers no cgroup controller for {', '.join(missing)}; "
             "mount cgroups, or start the kernel without options that disable them"
+        )
+    if pace and not {"io", "blkio"}.intersection(offered):
+        raise SetupError(
+            f"cannot keep disk_bytes_per_second: {root} offers no cgroup controller for disks; set it to 0, or mount "
+            "blkio (version 1) or enable io (version 2)"
         )
     return version
 

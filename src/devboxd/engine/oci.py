@@ -33,6 +33,7 @@ from devboxd.agent import agent_binary
 from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
+from devboxd.engine.blockdevices import below
 from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
@@ -98,7 +99,8 @@ class OciEngine:
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
-        self._cgroups = cgroups.find(instance.id)
+        self._settings = settings
+        self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self._removals = asyncio.Semaphore(2)
@@ -122,6 +124,12 @@ class OciEngine:
 
     async def _open(self, kept: Collection[str]) -> None:
         await finished(self._disks.open)
+        self._cgroups.disks = await finished(lambda: below(self._pool.folder) | below(self._settings.cache))
+        if self._settings.disk_bytes_per_second and not self._cgroups.disks:
+            raise SetupError(
+                f"cannot keep disk_bytes_per_second: neither {self._settings.state} nor {self._settings.cache} is on a "
+                "disk of this machine; set it to 0"
+            )
         self._cgroups.open()
         disks = self._disks.boxes()
         records = {box_id: self._record(box_id) for box_id in self._traces() | disks}

@@ -22,7 +22,6 @@ from typing import Literal
 
 import structlog
 
-from devboxd.agent.descriptors import filesystem_type
 from devboxd.engine import btrfs, linux
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
@@ -81,7 +80,7 @@ class Pool:
 
     def look(self) -> None:
         """Find out of which kind the pool is that a server has opened."""
-        self.kind = "file" if self.file.exists() else "btrfs" if _is_btrfs(self.folder) else "folders"
+        self.kind = "file" if self.file.exists() else "btrfs" if btrfs.holds(self.folder) else "folders"
 
     def close(self) -> None:
         """Take the mount away again; the disks of living boxes stay in use, and the folder closed to all but root."""
@@ -181,7 +180,7 @@ class Pool:
 
     def _may_be_file(self) -> bool:
         """Whether a pool in a file is wanted here: not on btrfs, nor where disks lie in plain folders already."""
-        return not _is_btrfs(self.folder) and not any(self.folder.iterdir())
+        return not btrfs.holds(self.folder) and not any(self.folder.iterdir())
 
     def _make_file(self) -> bool:
         """Make the file with an empty file system; False with a word in the log where that is not possible."""
@@ -218,14 +217,6 @@ class Pool:
                 f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error
-
-
-def _is_btrfs(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return filesystem_type(descriptor) == btrfs.MAGIC
-    finally:
-        os.close(descriptor)
 
 
 def _devices(file: Path) -> Iterator[str]:
