@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -217,6 +218,34 @@ def test_a_crash_leaves_each_complete_or_in_error_and_nothing_else(own_server: S
             fork = api.create(snapshot_id=snapshot)
             assert api.run(fork, "cd /tmp && sha256sum --quiet -c ~/sums")["exit_status"] == 0
             api.shutdown(fork)
+
+
+def test_a_devbox_begins_or_the_snapshot_goes_never_both(api: Api, box: str) -> None:
+    """Asked for at the same moment: one of the two is refused, or the devbox has its disk already."""
+
+    def create(snapshot: str) -> Any:
+        return api.http.post("/v1/devboxes", json={"snapshot_id": snapshot})
+
+    def remove(snapshot: str) -> Any:
+        return api.http.post(f"{SNAPSHOTS}/{snapshot}/delete", json={})
+
+    made = []
+    with ThreadPoolExecutor(4) as pool:
+        for order in ((create, remove, create), (remove, create, create)) * 6:
+            snapshot = take(api, box)["id"]
+            answers = [one.result() for one in [pool.submit(ask, snapshot) for ask in order]]
+            for answer, asked in zip(answers, order, strict=True):
+                assert answer.status_code in ((200, 400) if asked is create else (200, 409)), answer.text
+                if asked is create and answer.status_code == 200:
+                    made.append(answer.json()["id"])
+            for one in answers:
+                if one.status_code == 200 and one.json().get("snapshot_id") == snapshot:
+                    api.wait_box(one.json()["id"], "running")
+                    assert api.output(one.json()["id"], "echo runs") == "runs\n"
+            if status(api, snapshot)["status"] != "deleted":
+                delete(api, snapshot)
+    for fork in made:
+        api.shutdown(fork)
 
 
 def test_without_btrfs_the_disk_is_copied_while_the_box_stands_still(own_server: Server) -> None:

@@ -134,14 +134,15 @@ class Devboxes:
         if once.ref is not None:
             return await self.get(account, once.ref)
         launch, _ = check_create(body)
-        image = await self._image_of(account, body.snapshot_id or None)
+        source = body.snapshot_id or None
+        image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source))
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
                 503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=True
             )
         now = self._changes.clock.now_ms()
         position = new_id("dbx")
-        warm_id = None if body.snapshot_id else self._warm.take()
+        warm_id = None if source is not None else self._warm.take()
         devbox = Devbox(
             id=warm_id or position,
             account_id=account,
@@ -161,12 +162,14 @@ class Devboxes:
             prepared=False,
             disk_freed=False,
             swept=False,
-            snapshot_id=body.snapshot_id or None,
+            snapshot_id=source,
             image=image,
             position=position,
         )
 
         def insert(connection: Connection) -> None:
+            if source is not None:
+                _image_of(connection, account, source)  # it may have been deleted since
             rows.add(connection, devbox)
             once.bind(connection, devbox.id)
 
@@ -188,19 +191,6 @@ class Devboxes:
             await self._executions.detach(life.devbox.id, "the devbox could not be written down")
             self._lives.pop(life.devbox.id, None)
             raise
-
-    async def _image_of(self, account: str, snapshot_id: str | None) -> str | None:
-        """The image below a snapshot. Raises 404 and 400 when no devbox can begin from it."""
-        if snapshot_id is None:
-            return None
-        snapshot = await self._store.read(lambda c: snapshot_store.get(c, snapshot_id))
-        if snapshot is None or snapshot.account_id != account:
-            raise not_found(f"cannot find the snapshot {snapshot_id}; check the id and the account of the key")
-        if snapshot.status != snapshot_store.COMPLETE:
-            raise bad_request(
-                f"cannot start from the snapshot {snapshot_id}: it is {snapshot.status}; use a complete one"
-            )
-        return snapshot.image
 
     async def get(self, account: str, devbox_id: str) -> Devbox:
         """The devbox of this id. Raises 400 for a malformed id, 404 for an unknown or foreign one."""
@@ -291,15 +281,6 @@ class Devboxes:
             raise refused(devbox, event.removesuffix("_asked"), move)
         return self._lives[devbox_id]
 
-    def begins_from(self, snapshot_id: str) -> bool:
-        """Whether a devbox is being made from a snapshot at this moment."""
-        return any(
-            life.devbox.snapshot_id == snapshot_id
-            and life.devbox.boots == 0
-            and life.devbox.status is Status.PROVISIONING
-            for life in self._lives.values()
-        )
-
     @property
     def waiting(self) -> int:
         """How many boxes wait for a create."""
@@ -383,6 +364,16 @@ class Devboxes:
         except StoreError as error:
             _log.error("cannot look for what can be removed; trying later", error=str(error))
             return []
+
+
+def _image_of(connection: Connection, account: str, snapshot_id: str) -> str | None:
+    """The image below a snapshot. Raises 404 and 400 when no devbox can begin from it."""
+    snapshot = snapshot_store.get(connection, snapshot_id)
+    if snapshot is None or snapshot.account_id != account:
+        raise not_found(f"cannot find the snapshot {snapshot_id}; check the id and the account of the key")
+    if snapshot.status != snapshot_store.COMPLETE:
+        raise bad_request(f"cannot start from the snapshot {snapshot_id}: it is {snapshot.status}; use a complete one")
+    return snapshot.image
 
 
 def _slept(life: Life) -> bool:

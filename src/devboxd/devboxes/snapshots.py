@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from devboxd.clock import now_ms
 from devboxd.devboxes import snapshot_store as rows
+from devboxd.devboxes import store as devbox_rows
 from devboxd.devboxes.changes import Life
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshot_store import COMPLETE, DELETED, ERROR, IN_PROGRESS, Snapshot
@@ -180,12 +181,8 @@ class Snapshots:
             raise conflict(
                 f"cannot delete the snapshot {snapshot_id} while it is being taken; wait until it is complete"
             )
-        if self._devboxes.begins_from(snapshot_id):
-            raise ApiError(
-                409, f"cannot delete the snapshot {snapshot_id}: a devbox is being made from it; try again", retry=True
-            )
         if snapshot.status != DELETED:
-            await self._store.write(lambda c: rows.change(c, snapshot, status=DELETED))
+            await self._store.write(partial(_mark_deleted, snapshot=snapshot))
         self._digests.pop(snapshot_id, None)
         await self._engine.delete_snapshot(snapshot_id)
 
@@ -216,3 +213,12 @@ class Snapshots:
                 _log.error("cannot store a snapshot; trying again", id=snapshot.id, error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)
         _log.info("snapshot", id=snapshot.id, devbox=snapshot.devbox_id, status=status, error=error)
+
+
+def _mark_deleted(connection: Connection, snapshot: Snapshot) -> None:
+    """In the transaction that shows nobody begins from it: who begins later is refused by its own."""
+    if devbox_rows.made_from(connection, snapshot.id):
+        raise ApiError(
+            409, f"cannot delete the snapshot {snapshot.id}: a devbox is being made from it; try again", retry=True
+        )
+    rows.change(connection, snapshot, status=DELETED)

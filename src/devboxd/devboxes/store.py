@@ -70,6 +70,12 @@ _UNFREED = text("NOT disk_freed")
 _UNSWEPT = text("NOT swept AND disk_freed")
 _LIVE = select(table).where(_UNFREED).order_by(table.c.id)
 _INSERT = insert(table)
+_MADE_FROM = (
+    select(table.c.id)
+    .where(_UNFREED, table.c.snapshot_id == bindparam("snapshot_id"))
+    .where(table.c.status == Status.PROVISIONING, table.c.boots == 0)
+    .limit(1)
+)
 
 
 def _record(row: Any) -> Devbox:
@@ -101,6 +107,11 @@ def change(connection: Connection, devbox: Devbox, **values: Any) -> Devbox:
     """Write the given columns and return the devbox as it is now."""
     connection.execute(update(table).where(table.c.id == devbox.id).values(**_columns(values)))
     return msgspec.structs.replace(devbox, **values)
+
+
+def made_from(connection: Connection, snapshot_id: str) -> bool:
+    """Whether a devbox is being made from a snapshot at this moment."""
+    return connection.execute(_MADE_FROM, {"snapshot_id": snapshot_id}).first() is not None
 
 
 def unfinished(connection: Connection) -> list[Devbox]:
