@@ -24,6 +24,8 @@ TEXT_LIMIT = 100_000_000
 
 _PIECE = 200 << 10
 """Characters: what is larger than 256 KiB is taken from the kernel and given back each time."""
+_WIDEST = 4
+"""Bytes of a character in UTF-8, at most."""
 _INERT = {"content-security-policy": "sandbox"}
 
 
@@ -74,8 +76,8 @@ async def write_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
 ) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
     """Create or replace a file with this text; missing parent directories are made."""
-    size = sum(map(len, _encoded(body.contents)))
-    if size > TEXT_LIMIT:
+    certain = len(body.contents) * _WIDEST <= TEXT_LIMIT
+    if not certain and (size := sum(map(len, _encoded(body.contents)))) > TEXT_LIMIT:
         raise ApiError(413, f"cannot write {size} bytes as text: at most 100 MB; use upload_file", retry=False)
     box = await _box(devboxes, boxes, call, devbox_id)
     written = await files.put(box, body.file_path, _encoded(body.contents))
