@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from devboxd.config import Settings
+from devboxd.devboxes import store as rows
 from devboxd.devboxes.states import Event
 from devboxd.engine.base import BoxSpec, Image
 from devboxd.engine.images import Images
@@ -194,21 +195,51 @@ async def test_idle_time_goes_on_while_no_server_runs(
 async def test_one_that_cannot_be_written_down_leaves_no_box(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its box is made while its row is written."""
     kept = await house.create()
-    made = asyncio.Event()
-    create, write = house.engine.create, house.store.write
+    made, removed = asyncio.Event(), asyncio.Event()
+    create, destroy, write = house.engine.create, house.engine.destroy, house.store.write
 
     async def creating(spec: BoxSpec) -> None:
         await create(spec)
         made.set()
+
+    async def destroying(box: str) -> None:
+        await destroy(box)
+        removed.set()
 
     async def refusing(*_: Any, **__: Any) -> Any:
         await made.wait()
         raise StoreError("cannot write to the store: a disk that is full")
 
     monkeypatch.setattr(house.engine, "create", creating)
+    monkeypatch.setattr(house.engine, "destroy", destroying)
     monkeypatch.setattr(house.store, "write", refusing)
     with pytest.raises(StoreError, match="a disk that is full"):
         await house.create()
     monkeypatch.setattr(house.store, "write", write)
-    assert set(await house.engine.boxes()) == {kept}
     assert house.devboxes.living() == ["running"]
+    await removed.wait()
+    assert set(await house.engine.boxes()) == {kept}
+
+
+async def test_nothing_of_one_is_written_before_its_row(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    attached = asyncio.Event()
+    attach, write = house.executions.attach, house.store.write
+
+    async def attaching(*arguments: Any) -> None:
+        await attach(*arguments)
+        attached.set()
+
+    async def late(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(house.store, "write", write)
+        await attached.wait()
+        for _ in range(100):
+            await asyncio.sleep(0)  # a turn for whoever would write too early
+        return await write(*arguments, **options)
+
+    monkeypatch.setattr(house.executions, "attach", attaching)
+    monkeypatch.setattr(house.store, "write", late)
+    box = await house.create()
+    row = await house.store.read(lambda connection: rows.get(connection, box))
+    assert row == await house.get(box)
+    assert row is not None
+    assert [step.status for step in row.transitions] == ["provisioning", "initializing", "running"]

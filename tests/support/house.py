@@ -147,7 +147,7 @@ class House:
         boxes = Boxes()
         looking = Looking(store, boxes, journals, watcher, closing)
         records = Records(store, settings.state / "shells")
-        executions = Executions(store, boxes, journals, records, looking, per_box=100, in_all=100)
+        self.executions = executions = Executions(store, boxes, journals, records, looking, per_box=100, in_all=100)
         stack.push_async_callback(executions.close)
         self.engine = OciEngine(settings, claimed, Network(settings, claimed))
         incidents = Incidents(self.engine, journals.folder)

@@ -174,23 +174,26 @@ class Devboxes:
             once.bind(connection, devbox.id)
 
         life = self._lives[devbox.id] = Life(devbox)
-        self._begin(life)  # the box is made while the row is written: without one nobody hears of the other
         await self._tasks.finish(self._write_down(life, insert), f"create {devbox.id}")
         self.created += 1
         return devbox
 
     async def _write_down(self, life: Life, insert: Callable[[Connection], None]) -> None:
-        """Commit a devbox that has begun. One that cannot be is taken back."""
-        try:
-            await self._store.write(insert)
-        except Exception:
-            if life.supervisor is not None:
-                life.supervisor.cancel()
-                await asyncio.wait({life.supervisor})
-            await self._engine.destroy(life.devbox.id)
-            await self._executions.detach(life.devbox.id, "the devbox could not be written down")
-            self._lives.pop(life.devbox.id, None)
-            raise
+        """Commit a new devbox while its box is made already; what cannot be written down is taken back.
+
+        Under its lock: nothing else of it is written before.
+        """
+        async with life.lock:
+            supervisor = self._begin(life)
+            try:
+                await self._store.write(insert)
+            except Exception:
+                supervisor.cancel()
+                await asyncio.wait({supervisor})
+                self._tasks.start(self._engine.destroy(life.devbox.id), f"remove {life.devbox.id}")
+                await self._executions.detach(life.devbox.id, "the devbox could not be written down")
+                self._lives.pop(life.devbox.id, None)
+                raise
 
     async def get(self, account: str, devbox_id: str) -> Devbox:
         """The devbox of this id. Raises 400 for a malformed id, 404 for an unknown or foreign one."""
@@ -319,8 +322,9 @@ class Devboxes:
         finally:
             life.wakes.discard(event)
 
-    def _begin(self, life: Life) -> None:
+    def _begin(self, life: Life) -> asyncio.Task[None]:
         life.supervisor = self._tasks.start(self._supervise(life), f"devbox {life.devbox.id}")
+        return life.supervisor
 
     async def _supervise(self, life: Life) -> None:
         await self._supervisor.supervise(life)
