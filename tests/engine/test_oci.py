@@ -360,8 +360,8 @@ async def test_a_server_killed_at_any_moment_leaves_only_whole_boxes(host: Host,
 class Unified(cgroups.Version2):
     """Version 2 beside version 1: without controllers, but a real hierarchy to enter and to kill in."""
 
-    def __init__(self, instance: str) -> None:
-        super().__init__(instance, cgroups.ROOT / "unified")
+    def __init__(self, instance: str, pace: int) -> None:
+        super().__init__(instance, cgroups.ROOT / "unified", pace)
 
     def show_unified(self) -> None:
         cgroups.Version1(self.name, cgroups.ROOT).show_unified()
