@@ -184,13 +184,19 @@ def test_what_cannot_be_is_refused_and_changes_nothing(own_server: Server, place
     assert "into itself" in devboxd(own_server, "backup", state / "journals" / "b", "--state", state, code=2)
     assert "no such folder" in devboxd(own_server, "backup", place, "--state", place / "none", code=2)
     assert "is no backup" in devboxd(own_server, "restore", tmp_path, "--state", place, code=2)
+    assert "no server has run with it" in devboxd(own_server, "backup", place, "--state", tmp_path, code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert not place.exists()
     devboxd(own_server, "backup", place, "--state", state)
     assert "is not empty" in devboxd(own_server, "restore", place, "--state", state, code=2)
     listed = (place / "backup.json").read_text()
     (place / "backup.json").write_text(listed.replace('"format": 1', '"format": 2'))
     assert "newer" in devboxd(own_server, "restore", place, "--state", tmp_path / "new", code=2)
+    (place / "backup.json").write_text(listed)
+    (place / "devboxd.db").unlink()
+    assert "has no devboxd.db" in devboxd(own_server, "restore", place, "--state", tmp_path / "new", code=2)
     assert not (tmp_path / "new").exists()
+    assert not (place / "devboxd.db").exists()
     with own_server.api() as api:
         assert api.output(api.create(), "echo runs") == "runs\n"
 

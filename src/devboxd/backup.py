@@ -93,6 +93,7 @@ async def backup(settings: Settings, target: Path, secrets: Path | None, tell: T
     """Write a backup of the state folder, beside a server that runs or without one. Raises SetupError."""
     state = settings.state.resolve()
     _check_may(state, "back up")
+    _check_store(state, "back up")
     for folder in (target, *((secrets,) if secrets else ())):
         _make_empty(folder, outside=state)
     try:
@@ -184,6 +185,7 @@ async def restore(settings: Settings, source: Path, secrets: Path | None, tell: 
     state = settings.state
     _check_may(source, "restore")
     contents = _contents(source)
+    _check_store(source, "restore")
     _make_empty(state, but=(_MARK, "lock"))
     try:
         with ExitStack() as held:
@@ -281,6 +283,11 @@ def _check_may(folder: Path, verb: str) -> None:
         raise SetupError(f"cannot {verb} {folder}: there is no such folder")
 
 
+def _check_store(folder: Path, verb: str) -> None:
+    if not (folder / FILE_NAME).exists():
+        raise SetupError(f"cannot {verb} {folder}: it has no {FILE_NAME}, so no server has run with it or written it")
+
+
 def _make_empty(folder: Path, but: Iterable[str] = (), outside: Path | None = None) -> None:
     if outside is not None and folder.resolve().is_relative_to(outside):
         raise SetupError(f"cannot back up {outside} into itself: name a folder elsewhere, best on another disk")
@@ -321,8 +328,6 @@ async def _store(folder: Path) -> AsyncIterator[Store]:
 
 
 def _copy_store(source: Path, target: Path) -> None:
-    if not source.exists():
-        raise SetupError(f"cannot find the store {source}; has a server run with this folder?")
     with contextlib.closing(sqlite3.connect(source)) as read:
         db.copy(read, target)
 

@@ -266,10 +266,10 @@ def _shown(work: Callable[[Callable[[float, str], None]], Coroutine[Any, Any, T]
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
+        task = bar.add_task("", total=1.0, visible=False)  # what is refused at once never showed progress
 
         def show(done: float, text: str) -> None:
-            bar.update(task, completed=done, description=text)
+            bar.update(task, completed=done, description=text, visible=True)
 
         try:
             return asyncio.run(work(show))
