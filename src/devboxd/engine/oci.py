@@ -124,12 +124,8 @@ class OciEngine:
 
     async def _open(self, kept: Collection[str]) -> None:
         await finished(self._disks.open)
-        self._cgroups.disks = await finished(lambda: below(self._pool.folder) | below(self._settings.cache))
-        if self._settings.disk_bytes_per_second and not self._cgroups.disks:
-            raise SetupError(
-                f"cannot keep disk_bytes_per_second: neither {self._settings.state} nor {self._settings.cache} is on a "
-                "disk of this machine; set it to 0"
-            )
+        if self._settings.disk_bytes_per_second:
+            self._cgroups.disks = await finished(self._disks_below)
         self._cgroups.open()
         disks = self._disks.boxes()
         records = {box_id: self._record(box_id) for box_id in self._traces() | disks}
@@ -145,6 +141,19 @@ class OciEngine:
         await self._slots.open({record.slot for record in known} | resting)
         self._tasks.start(self._tend(), "storage")
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
+
+    def _disks_below(self) -> set[str]:
+        """The disks that boxes read and write. Raises SetupError when there is none to be found."""
+        try:
+            found = below(self._pool.folder) | below(self._settings.cache)
+        except OSError as error:
+            raise SetupError(f"cannot keep disk_bytes_per_second: {error}; set it to 0") from error
+        if not found:
+            raise SetupError(
+                f"cannot keep disk_bytes_per_second: neither {self._settings.state} nor {self._settings.cache} is on a "
+                "disk of this machine; set it to 0"
+            )
+        return found
 
     async def close(self) -> None:
         """Give back the pool, and all that is not needed while only boxes live."""
