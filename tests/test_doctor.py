@@ -98,6 +98,43 @@ def netns() -> Iterator[Path]:
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("file", "few", "enough", "check"),
+    [
+        ("fs/file-max", 2_466_186, 9223372036854775807, "File table"),
+        ("fs/inotify/max_user_instances", 128, 8192, "File watching"),
+        ("fs/inotify/max_user_watches", 8192, 1048576, "File watching"),
+        ("kernel/pid_max", 32768, 4194304, "Processes"),
+    ],
+)
+def test_limits_of_the_host_that_one_box_can_use_up_are_told_with_their_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, few: int, enough: int, check: str
+) -> None:
+    monkeypatch.setattr(doctor, "_SYS", tmp_path)
+    names = ("fs/file-max", "fs/inotify/max_user_instances", "fs/inotify/max_user_watches", "kernel/pid_max")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{1 << 40}\n")
+    (tmp_path / file).write_text(f"{few}\n")
+    found = by_name(Settings())[check]
+    assert found.level == "warning"
+    assert str(few) in found.found
+    assert file.replace("/", ".") in found.cure
+    (tmp_path / file).write_text(f"{enough}\n")
+    assert by_name(Settings())[check].level == "ok"
+
+
+def test_sizes_larger_than_the_machine_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 21, "SC_PAGE_SIZE": 4096}[name])
+    found = by_name(Settings())["Memory"]
+    assert (found.level, found.found) == ("warning", "8 GiB of memory, 4 processors")
+    assert "X_LARGE, XX_LARGE promise more than there is" in found.consequence
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1 << 25, "SC_PAGE_SIZE": 4096}[name])
+    assert by_name(Settings())["Memory"].level == "ok"
+
+
 def test_plain_folders_are_told_with_what_a_snapshot_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def storage() -> doctor.Check:
         return by_name(Settings(state=tmp_path / "state", cache=tmp_path / "cache"))["Storage"]

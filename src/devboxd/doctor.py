@@ -29,6 +29,7 @@ Level = Literal["ok", "warning", "error"]
 _GIB = 1 << 30
 _LEAST_FREE = 1 << 20
 _POOLS = "198.18.0.0/15"
+_SYS = Path("/proc/sys")
 _NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gfs2", "ocfs2"),
@@ -61,7 +62,7 @@ def checks(settings: Settings) -> list[Check]:
         found += [_disks(settings), _storage(settings), _append_only(settings)]
     if root:
         found.append(_nftables())
-    found += [_memory(), _open_files(), _inotify(), _processes()]
+    found += [_memory(), _open_files(), _file_table(), _inotify(), _processes()]
     found += [*_neighbours(root), _selinux(), _names(settings), _lan(settings), _kernel(settings)]
     return found
 
@@ -345,9 +346,17 @@ def _open_files() -> Check:
     return Check("Open files", "ok", found, "past that, commands are answered with 429")
 
 
+def _file_table() -> Check:
+    most = _sysctl("fs/file-max")
+    found = f"fs.file-max is {most}; a box opens millions before its memory is full"
+    if most < 1 << 24:
+        cure = "sysctl -w fs.file-max=9223372036854775807"
+        return Check("File table", "warning", found, "one box can leave no open file for other boxes and users", cure)
+    return Check("File table", "ok", found, "a box that opens files without end harms only itself")
+
+
 def _inotify() -> Check:
-    folder = Path("/proc/sys/fs/inotify")
-    instances, watches = (int((folder / f"max_user_{kind}").read_text()) for kind in ("instances", "watches"))
+    instances, watches = (_sysctl(f"fs/inotify/max_user_{kind}") for kind in ("instances", "watches"))
     found = f"{instances} instances and {watches} watches for all boxes together"
     if instances < 1024 or watches < 131072:
         return Check(
@@ -361,12 +370,16 @@ def _inotify() -> Check:
 
 
 def _processes() -> Check:
-    most = int(Path("/proc/sys/kernel/pid_max").read_text())
+    most = _sysctl("kernel/pid_max")
     found = f"kernel.pid_max is {most}; a small box may have 1024, the largest 16384"
     if most < 65536:
         cure = "sysctl -w kernel.pid_max=4194304"
         return Check("Processes", "warning", found, "a few full boxes leave no process for this host", cure)
     return Check("Processes", "ok", found, "a box that forks without end harms only itself")
+
+
+def _sysctl(name: str) -> int:
+    return int((_SYS / name).read_text())
 
 
 _CURES: dict[str, str] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from devboxd.engine import cgroups
 from support.api import Api
-from support.leftovers import groups
+from support.leftovers import claim_of, groups
 from support.server import Server
 
 _SIZE = {"resource_size_request": "CUSTOM_SIZE", "custom_cpu_cores": 2, "custom_gb_memory": 4, "custom_disk_size": 2}
@@ -169,6 +171,8 @@ class Figures:
     noisy: list[float]
     level: int
     most: int
+    others: float
+    """Processors that everything else on the machine took in the noisy phases: neither server, nor boxes, nor asker."""
 
     @property
     def ratio(self) -> float:
@@ -184,13 +188,26 @@ def measure(
     noisy: list[float] = []
     ask(api, neighbour, seconds, work)
     level = most = memory(server)
+    others = lasted = 0.0
     for _ in range(rounds):
         quiet += ask(api, neighbour, seconds, work)
         with noise(api, kind):
+            began, before = time.monotonic(), _others(server)
             for _ in range(4):
                 noisy += ask(api, neighbour, seconds / 4, work)
                 most = max(most, memory(server))
-    return Figures(quiet, noisy, level, most)
+            others, lasted = others + _others(server) - before, lasted + time.monotonic() - began
+    return Figures(quiet, noisy, level, most, others / lasted)
+
+
+def _others(server: Server) -> float:
+    """Processor time, in seconds, that everything but the server, its boxes and this process has had so far."""
+    claim = claim_of(server.state)
+    assert claim is not None, "the server has no claim"
+    busy = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]]
+    own = Path(f"/proc/{server.pid}/stat").read_text().rpartition(") ")[2].split()
+    ticks = sum(busy) - busy[3] - busy[4] - int(own[11]) - int(own[12])
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time() - cgroups.find(claim.name).cpu_seconds()
 
 
 def ask(api: Api, box: str, seconds: float, work: str = "") -> list[float]:

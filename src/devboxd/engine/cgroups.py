@@ -3,8 +3,11 @@
     <hierarchy>/devboxd-<instance>/server        the server, ten times the CPU weight of all boxes together
                                   /boxes/<box>   one per box
 
-A server that systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual
-weight then. Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
+The boxes are idle (cpu.idle) beside the server, where the kernel has that: it runs at once when it wakes up. A server
+that systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then,
+and are idle beside nobody, for they would get nothing as long as something else on the machine is busy.
+
+Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ class Cgroups(ABC):
         """Make limits possible below the instance's folder."""
 
     @abstractmethod
-    def weigh(self, group: Path, tenths: int) -> None:
-        """Set a group's CPU weight; ten tenths is what each group has by itself."""
+    def weigh(self, group: Path, percent: int) -> None:
+        """Set a group's CPU weight; 100 is what each group has by itself, 0.3 what idle groups have."""
 
     @abstractmethod
     def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
@@ -69,8 +72,8 @@ class Cgroups(ABC):
         """How many processes of the box the kernel has killed for lack of memory; 0 for unknown boxes."""
 
     @abstractmethod
-    def cpu_seconds(self, box_id: str) -> float:
-        """Processor time that the box has used so far; 0 for unknown boxes."""
+    def cpu_seconds(self, box_id: str = "") -> float:
+        """Processor time that the box has used so far, or all together; 0 for unknown boxes."""
 
     @abstractmethod
     def figures(self, box_id: str) -> Figures:
@@ -95,7 +98,13 @@ class Cgroups(ABC):
                 (top / "boxes").mkdir(parents=True, exist_ok=True)
             in_unit = self._shelter_server()
             self.enable()
-            self.weigh(self.tops()[0] if in_unit else self.tops()[0] / "server", 1 if in_unit else 100)
+            if in_unit:
+                self.weigh(self.tops()[0], 10)
+            elif self.defers:
+                self._idle("").write_text("1")
+                self.weigh(self.tops()[0] / "server", 3)
+            else:
+                self.weigh(self.tops()[0] / "server", 1000)
         except OSError as error:
             raise SetupError(
                 f"cannot set up cgroups in {self.tops()[0]}: {error}; be root with {self.root} writable, "
@@ -161,6 +170,19 @@ class Cgroups(ABC):
                 again.append((file, text))  # raised above another limit, which comes after it
         for file, text in again:
             file.write_text(text)
+
+    @property
+    def defers(self) -> bool:
+        """Whether the kernel has groups that are idle beside others: since 5.15."""
+        return self._idle("").exists()
+
+    def defer(self, box_id: str, behind: bool) -> None:
+        """Let the box wait whenever one that is not behind wants to run. Unknown boxes are no error."""
+        with suppress(OSError):  # the box may go at any time
+            self._idle(box_id).write_text(str(int(behind)))
+
+    def _idle(self, box_id: str) -> Path:
+        return self.tops()[0] / "boxes" / box_id / "cpu.idle"
 
     def boxes(self) -> set[str]:
         """The boxes that have a cgroup in any hierarchy."""
@@ -236,9 +258,9 @@ class Version1(Cgroups):
     def enable(self) -> None:
         """Nothing to do: controllers are on everywhere."""
 
-    def weigh(self, group: Path, tenths: int) -> None:
+    def weigh(self, group: Path, percent: int) -> None:
         """1024 shares are usual."""
-        (group / "cpu.shares").write_text(str(1024 * tenths // 10))
+        (group / "cpu.shares").write_text(str(1024 * percent // 100))
 
     def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
         """Memory before memory with swap: the latter may never be the smaller of the two."""
@@ -260,7 +282,7 @@ class Version1(Cgroups):
         """From memory.oom_control."""
         return _counter(self._box("memory", box_id) / "memory.oom_control", "oom_kill")
 
-    def cpu_seconds(self, box_id: str) -> float:
+    def cpu_seconds(self, box_id: str = "") -> float:
         """From cpuacct.usage."""
         try:
             return int((self._box("cpuacct", box_id) / "cpuacct.usage").read_text()) / 1e9
@@ -314,10 +336,10 @@ class Version2(Cgroups):
         for group in (self.root, self.root / self.name, self.root / self.name / "boxes"):
             (group / "cgroup.subtree_control").write_text(wanted)
 
-    def weigh(self, group: Path, tenths: int) -> None:
+    def weigh(self, group: Path, percent: int) -> None:
         """A weight of 100 is usual."""
         if (group / "cpu.weight").exists():
-            (group / "cpu.weight").write_text(str(10 * tenths))
+            (group / "cpu.weight").write_text(str(percent))
 
     def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
         """Out of memory kills one process, never all of the box: memory.oom.group is 0."""
@@ -341,7 +363,7 @@ class Version2(Cgroups):
         """From memory.events."""
         return _counter(self._box(box_id) / "memory.events", "oom_kill")
 
-    def cpu_seconds(self, box_id: str) -> float:
+    def cpu_seconds(self, box_id: str = "") -> float:
         """From cpu.stat."""
         return _counter(self._box(box_id) / "cpu.stat", "usage_usec") / 1e6
 

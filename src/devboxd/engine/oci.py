@@ -42,6 +42,7 @@ from devboxd.engine.network import Network
 from devboxd.engine.pool import Pool
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
+from devboxd.engine.turns import Turns
 from devboxd.errors import SetupError
 from devboxd.tasks import Tasks
 
@@ -141,6 +142,7 @@ class OciEngine:
         await self._slots.open({record.slot for record in known} | resting)
         self._tasks.start(self._tend(), "storage")
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
+        self._tasks.start(Turns(self._cgroups).keep(), "turns of boxes")
 
     def _disks_below(self) -> set[str]:
         """The disks that boxes read and write. Raises SetupError when there is none to be found."""

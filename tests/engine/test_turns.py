@@ -1,0 +1,128 @@
+"""Which boxes let the others go first: by figures, in files as a kernel shows them, and by the kernel itself."""
+
+# ruff: noqa: ASYNC110
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from devboxd.engine import cgroups
+from devboxd.engine.turns import Turns, behind
+from support.engine import Host
+
+_AMOUNTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 64), min_size=1)
+
+
+@pytest.mark.parametrize(
+    ("used", "before", "chosen"),
+    [
+        ({}, "", ""),
+        ({"a": 0.0, "b": 0.0}, "", ""),
+        ({"a": 2.0, "b": 0.4}, "", "a"),
+        ({"a": 1.0, "b": 0.6, "c": 0.4}, "", "ab"),
+        ({"a": 1.0, "b": 0.4}, "b", "ab"),
+        ({"a": 1.0, "b": 0.2}, "b", "a"),
+        ({"b": 1.0}, "a", "b"),
+    ],
+)
+def test_those_that_use_most_let_the_others_go_first(used: dict[str, float], before: str, chosen: str) -> None:
+    assert behind(used, before) == set(chosen)
+
+
+@given(_AMOUNTS, st.sets(st.sampled_from("abcdef")))
+def test_the_busiest_is_among_them_and_who_gets_little_is_not(used: dict[str, float], before: set[str]) -> None:
+    chosen, most = behind(used, before), max(used.values())
+    assert chosen == {box for box in used if used[box] and (box in chosen)}
+    for box, amount in used.items():
+        assert box in chosen or amount < most / 2 or not amount
+        assert box not in chosen or amount >= most / 4
+
+
+@given(_AMOUNTS, st.sets(st.sampled_from("abcdef")))
+def test_the_same_figures_again_change_nothing(used: dict[str, float], before: set[str]) -> None:
+    chosen = behind(used, before)
+    assert behind(used, chosen) == chosen
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> cgroups.Cgroups:
+    """Version 2 in plain files, with the boxes `busy` and `calm`."""
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    for name in ("", "busy", "calm"):
+        folder = tmp_path / "devboxd-t/boxes" / name
+        folder.mkdir(parents=True)
+        (folder / "cpu.idle").write_text("0")
+    return cgroups.find("t", tmp_path)
+
+
+def uses(groups: cgroups.Cgroups, busy: float, calm: float) -> None:
+    """Set the seconds that the boxes have used so far."""
+    for box, seconds in (("busy", busy), ("calm", calm), ("", busy + calm)):
+        (groups.tops()[0] / "boxes" / box / "cpu.stat").write_text(f"usage_usec {int(seconds * 1e6)}\n")
+
+
+def marks(groups: cgroups.Cgroups) -> str:
+    return "".join((groups.tops()[0] / "boxes" / box / "cpu.idle").read_text() for box in ("busy", "calm"))
+
+
+def test_a_box_is_behind_while_processors_are_wanted(groups: cgroups.Cgroups) -> None:
+    turns = Turns(groups)
+    uses(groups, 100, 1)
+    turns.look()
+    for busy, calm, found in [(1000, 2, "00"), (2000, 3, "10"), (3000, 1004, "11"), (3000, 1004, "00")]:
+        uses(groups, busy, calm)
+        turns.look()
+        assert marks(groups) == found
+
+
+def test_a_box_that_goes_is_forgotten(groups: cgroups.Cgroups) -> None:
+    turns = Turns(groups)
+    for busy in (0, 1000, 2000):
+        uses(groups, busy, 0)
+        turns.look()
+    assert marks(groups) == "10"
+    box = groups.tops()[0] / "boxes/busy"
+    for file in box.iterdir():
+        file.unlink()
+    box.rmdir()
+    (groups.tops()[0] / "boxes/cpu.stat").write_text("usage_usec 9000000000\n")
+    turns.look()
+    turns.look()
+
+
+@pytest.mark.anyio
+async def test_a_kernel_without_idle_groups_gets_no_order(groups: cgroups.Cgroups) -> None:
+    for file in groups.tops()[0].glob("boxes/**/cpu.idle"):
+        file.unlink()
+    await Turns(groups).keep()
+
+
+@pytest.mark.anyio
+@pytest.mark.box
+async def test_a_box_that_burns_waits_for_the_others_until_it_stops(host: Host) -> None:
+    """`order` is what the kernel has been told, of the box and of one that does nothing."""
+    folder = cgroups.find(host.instance.id).tops()[0] / "boxes"
+    if not (folder / "cpu.idle").exists():
+        pytest.skip("this kernel has no idle groups")
+    burner, other = await host.box(), await host.box()
+
+    def order() -> list[str]:
+        return [(folder / box.id / "cpu.idle").read_text().strip() for box in (burner, other)]
+
+    async def until(wanted: list[str]) -> None:
+        async with asyncio.timeout(60):
+            while order() != wanted:
+                await asyncio.sleep(0.05)  # nobody is told when the order changes
+
+    assert (folder / "cpu.idle").read_text().strip() == "1"
+    assert order() == ["0", "0"]
+    await burner.sh("for n in 1 2 3 4; do { while :; do :; done & } ; done >/dev/null 2>&1")
+    await until(["1", "0"])
+    assert await other.sh("echo on") == "on"
+    await burner.sh("kill -9 -1 || :")
+    await until(["0", "0"])
