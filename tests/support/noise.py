@@ -39,10 +39,10 @@ def fill():
     except OSError:
         os._exit(0)
 while True:
-    for _ in range(200):
+    for _ in range({processes}):
         if os.fork() == 0:
             fill()
-    for _ in range(200):
+    for _ in range({processes}):
         os.wait()
 """
 _MANY_FILES = """
@@ -76,7 +76,8 @@ NOISES = {
     "takes all memory": f"exec python3 -c '{_MEMORY}'",
     "forks without end": "f() { f | f & }; while :; do f; done 2>/dev/null",
     "prints 10 GB": "while :; do yes 'ten gigabytes of this' | head -c 10G; done",
-    "opens every descriptor": f"exec python3 -c '{_DESCRIPTORS}'",
+    "opens every descriptor": f"exec python3 -c '{_DESCRIPTORS.format(processes=1)}'",
+    "200 open every descriptor": f"exec python3 -c '{_DESCRIPTORS.format(processes=200)}'",
     "never reads its stdin": "exec sleep infinity",
 }
 DISK_NOISES = {
