@@ -89,6 +89,22 @@ def test_what_is_no_whole_record_is_not_kept(api: Api, server: Server, record: s
     api.shutdown(box)
 
 
+def test_records_of_all_shells_together_are_bounded(api: Api, server: Server) -> None:
+    """What is too much is not kept, and what comes after it and fits is."""
+    box = api.create()
+    fill = "rm -f $1/[01] && { echo '# 9'; head -c $2 /dev/zero | tr '\\0' '#'; echo; echo '#end'; } >$1/0"
+    sizes = [4_000_000] * 5 + [100_000]
+    for number, size in enumerate(sizes):
+        api.run(box, "true", shell_name=f"s{number}")
+        folder = f"/run/devboxd/s/{shell_key(f's{number}')}"
+        assert api.run(box, f"bash -c {shlex.quote(fill)} - {folder} {size}")["exit_status"] == 0
+    suspend(api, box)
+    kept = sorted(path.stat().st_size for path in (server.state / "shells" / box).iterdir())
+    assert [size // 100_000 for size in kept] == [1, 40, 40, 40, 40]
+    assert "the state of a named shell is not kept" in server.tail()
+    api.shutdown(box)
+
+
 @pytest.mark.parametrize("make", ["mkfifo 0 && ln -s /etc/shadow 1", r"printf '# 7\nX=\x27; exit 3; \x27\n#end\n' >1"])
 def test_a_hostile_record_hinders_nothing(api: Api, make: str) -> None:
     """It may be anything that the box can write; the shell begins all the same."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from devboxd.config import Settings
+from devboxd.devboxes import warm
+from devboxd.engine.images import Images
 from support.api import Api
+from support.engine import Host
 from support.server import Server
 
 pytestmark = pytest.mark.box
@@ -95,3 +102,36 @@ def test_a_server_that_was_killed_leaves_none_that_nobody_wants(server: Server) 
         assert mine in kept
         assert not (ahead - {mine}) & set(os.listdir(server.state / "disks"))
         api.shutdown(mine)
+
+
+@pytest.mark.anyio
+async def test_none_is_made_while_devboxes_are_created_unless_none_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still, so for ever it is the moment after the last create."""
+    image = await Images(Settings()).ensure_default(lambda done, text: None)
+    async with Host(image, tmp_path / "state") as host:
+        boxes = warm.Warm(host.engine, lambda: image, {"PATH": "/usr/bin:/bin"}, 2)
+
+        async def waiting(number: int) -> None:
+            async with asyncio.timeout(60):
+                while boxes.ready != number:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)  # nobody is told
+
+        filling = asyncio.create_task(boxes.fill())
+        try:
+            await waiting(2)
+            now = time.monotonic()
+            monkeypatch.setattr(warm, "time", SimpleNamespace(monotonic=lambda: now))
+            first = boxes.take()
+            await asyncio.sleep(0.5)  # a box takes a tenth of that
+            assert boxes.ready == 1
+            second = boxes.take()
+            await waiting(1)
+            now += 1
+            await waiting(2)
+            assert len({first, second, boxes.take(), boxes.take(), None}) == 5
+        finally:
+            filling.cancel()
+            await asyncio.gather(filling, return_exceptions=True)
+            await boxes.close()

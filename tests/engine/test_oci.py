@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from devboxd.engine import cgroups
+from devboxd.engine import cgroups, oci
 from devboxd.engine.base import EngineError, Image, Resources
 from devboxd.errors import SetupError
 from support.engine import Host
@@ -377,6 +377,16 @@ async def test_boxes_live_in_version_2(image: Image, tmp_path: Path, monkeypatch
         assert (await box.sh("cat /sys/fs/cgroup/cgroup.events")).startswith("populated 1")
         await host.engine.destroy(box.id)
         assert host.leftovers() == []
+
+
+async def test_a_pace_is_refused_where_no_disk_lies_below(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oci, "below", lambda folder: set())
+    host = Host(image, tmp_path / "state", disk_bytes_per_second=1 << 20)
+    with pytest.raises(SetupError, match=r"cannot keep disk_bytes_per_second: neither .* is on a disk"):
+        await host.open()
+    host.instance.close()
 
 
 async def test_no_limit_is_inherited(host: Host) -> None:

@@ -48,7 +48,10 @@ class Records:
                     key = shell_key(name)
                     found = [await _read(box, f"/run/devboxd/s/{key}/{number}") for number in (0, 1)]
                     newest = max(found, key=_number)
-                    if _number(newest) and (left := left - len(newest)) >= 0:
+                    if len(newest) > left:
+                        _log.warning("the state of a named shell is not kept: all have 16 MiB", id=box.id, shell=key)
+                    elif _number(newest):
+                        left -= len(newest)
                         await finished(partial(self._write, box.id, key, newest))
         except (ApiError, AgentError, AgentClosedError, OSError, TimeoutError) as error:
             _log.warning("cannot keep the state of all named shells", id=box.id, error=str(error))
