@@ -10,7 +10,8 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,8 +25,7 @@ from devboxd.http.streams import wait
 BLOCK = 1 << 20
 SILENCE_S = 20.0
 """How long a pipe may neither give nor take: the child in the box that serves it may be hostile, or gone for good."""
-_SENT = 128 << 10
-"""How much of a file is read at a time for a client that may be slow: a few of these wait for it."""
+_NARROW, _WIDE = 128 << 10, 512 << 10
 _MODE = 0o644
 _MAX_PATH = 4096
 
@@ -38,11 +38,30 @@ class Written:
     sha256: str
 
 
+class Pieces:
+    """How much of a file is read at a time for a client: few bytes, for a handful of pieces waits in memory until a
+    client that may be slow has taken them; many for one at a time, since each piece costs six changes of threads.
+    """
+
+    def __init__(self) -> None:
+        self._wide_is_free = True
+
+    @contextmanager
+    def size(self) -> Iterator[int]:
+        """The size for one transfer, which lasts as long as the block."""
+        wide, self._wide_is_free = self._wide_is_free, False
+        try:
+            yield _WIDE if wide else _NARROW
+        finally:
+            self._wide_is_free |= wide
+
+
 class OpenFile:
     """A file of a box, opened for reading. `size` is None where only reading tells it."""
 
-    def __init__(self, descriptor: int, pipe: bool, path: str, box: Box) -> None:
+    def __init__(self, descriptor: int, pipe: bool, path: str, box: Box, pieces: Pieces) -> None:
         self._box = box
+        self._pieces = pieces
         self._descriptor = descriptor
         self._path = path
         self._pipe = pipe
@@ -56,7 +75,7 @@ class OpenFile:
         """
         if self._pipe:
             with self._box.using("file transfer"):
-                self._begun = await self.read(_SENT)
+                self._begun = await self.read(_NARROW)
 
     async def read(self, size: int = BLOCK) -> bytes:
         """At most `size` bytes from where the last read ended; empty at the end. Raises ApiError."""
@@ -73,9 +92,9 @@ class OpenFile:
         Raises EOFError when it has shrunk meanwhile, or does not end at the limit.
         """
         left, sent = self.size, 0
-        with self._box.using("file transfer"):
+        with self._box.using("file transfer"), self._pieces.size() as size:
             while left is None or left > 0:
-                data, self._begun = self._begun or await self.read(_SENT if left is None else min(_SENT, left)), b""
+                data, self._begun = self._begun or await self.read(size if left is None else min(size, left)), b""
                 if not data:
                     break
                 left = None if left is None else left - len(data)
@@ -94,6 +113,9 @@ class OpenFile:
 class Files:
     """Reads and writes files in boxes as the box's user."""
 
+    def __init__(self) -> None:
+        self._pieces = Pieces()
+
     async def open(self, box: Box, path: str) -> OpenFile:
         """Open a regular file. Raises ApiError: 400 for a wrong path or type, 403, 404."""
         _check(path)
@@ -101,7 +123,7 @@ class Files:
             opened = await box.agent.read(box.user, path)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "read", path) from error
-        return OpenFile(opened.fd, opened.pipe, path, box)
+        return OpenFile(opened.fd, opened.pipe, path, box, self._pieces)
 
     async def put(self, box: Box, path: str, content: Iterable[bytes], user: str | None = None) -> Written:
         """Write a whole file that is at hand, in pieces. Raises ApiError; the old content stays then."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -16,9 +16,14 @@ async def finished(work: Callable[[], _T]) -> _T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # it has been seen: the cancellation is what the caller hears of
+        await ended(task)
         raise
+
+
+async def ended(work: asyncio.Future[Any]) -> None:
+    """Return when it has ended, however, and not before: also when the caller is cancelled, which is on its way out."""
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+    if not work.cancelled():
+        work.exception()  # it has been seen: what ends the caller is what others hear of

@@ -34,7 +34,7 @@ from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blockdevices import below
-from devboxd.engine.blocking import finished
+from devboxd.engine.blocking import ended, finished
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
@@ -541,8 +541,5 @@ async def _in_own_thread(work: Callable[[], None]) -> None:
     try:
         await asyncio.shield(done)
     except asyncio.CancelledError:
-        while not done.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({done})
-        done.exception()
+        await ended(done)
         raise
