@@ -379,29 +379,6 @@ async def test_boxes_live_in_version_2(image: Image, tmp_path: Path, monkeypatch
         assert host.leftovers() == []
 
 
-async def test_a_box_goes_on_while_its_earlier_root_is_still_being_unmounted(host: Host) -> None:
-    """That may take seconds on a busy disk: here, as long as somebody holds the root."""
-    spec = host.spec()
-    await host.engine.create(spec)
-    root = os.open(f"/proc/{host.known(spec.box_id).pid}/root", os.O_PATH)
-    try:
-        await host.boxes[-1].sh("echo first >/kept; mkdir /folder; mv /etc/motd /folder")
-        await host.engine.stop(spec.box_id)
-        await host.engine.create(spec)
-        box = host.known(spec.box_id)
-        assert await box.sh("cat /kept; ls /folder /etc/motd 2>&1 || :; echo second >/kept; rm -r /folder") == (
-            "first\nls: cannot access '/etc/motd': No such file or directory\n/folder:\nmotd"
-        )
-    finally:
-        os.close(root)
-    assert await box.sh("cat /kept; ls -d /folder 2>&1 || :; touch /etc/motd") == (
-        "second\nls: cannot access '/folder': No such file or directory"
-    )
-    await host.engine.stop(spec.box_id)
-    await host.engine.create(spec)
-    assert await host.known(spec.box_id).sh("cat /kept; stat -c %s /etc/motd") == "second\n0"
-
-
 async def test_a_pace_is_refused_where_no_disk_lies_below(
     image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

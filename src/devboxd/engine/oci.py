@@ -22,7 +22,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,6 @@ class OciEngine:
         self._limits: dict[str, Resources] = {}
         """What was last set for each living box, as far as this server did it."""
         self._tasks = Tasks()
-        self._unmounts: list[threading.Thread] = []
 
     async def open(self, kept: Collection[str] = ()) -> None:
         """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
@@ -161,8 +160,6 @@ class OciEngine:
     async def close(self) -> None:
         """Give back the pool, and all that is not needed while only boxes live."""
         await self._tasks.close()
-        for unmount in self._unmounts:
-            await finished(unmount.join)
         await self._slots.close()
         await self._network.close()
         self._cgroups.close()
@@ -197,41 +194,27 @@ class OciEngine:
 
     async def destroy(self, box_id: str) -> None:
         """Kill everything in the box and free all that it held."""
-        async with self._ended(box_id) as slot:
-            async with self._removals:  # who waits here can be cancelled, when the server stops: the next one goes on
-                await finished(partial(self._disks.remove, box_id))
-            if slot is not None:
-                await self._slots.release(slot)
+        slot = await self._end(box_id)
+        async with self._removals:  # who waits here can be cancelled, when the server stops: the next one goes on
+            await finished(partial(self._disks.remove, box_id))
+        if slot is not None:
+            await self._slots.release(slot)
 
     async def stop(self, box_id: str) -> None:
         """Kill everything in the box; its disk stays, and the slot is kept for it."""
-        async with self._ended(box_id) as slot:
-            if slot is not None:
-                await self._slots.rest(slot)
+        slot = await self._end(box_id)
+        if slot is not None:
+            await self._slots.rest(slot)
 
-    @contextlib.asynccontextmanager
-    async def _ended(self, box_id: str) -> AsyncIterator[int | None]:
-        """Kill everything in the box and clear up; then its slot. Its root is unmounted after the block.
-
-        An overlay that is unmounted first writes all to the disk that anybody has changed on the file system below, and
-        a process does not end before: seconds, so nobody shall wait for that.
-        """
+    async def _end(self, box_id: str) -> int | None:
+        """Kill everything in the box and clear up; its slot."""
         self._limits.pop(box_id, None)
         record = self._record(box_id)
         slot = record.slot if record and record.boot == linux.boot_id() else self._disks.slot(box_id)
-        root = None
-        try:
-            if record and record.lives():
-                with contextlib.suppress(OSError):  # it ends at this moment, and has unmounted it itself
-                    root = os.open(f"/proc/{record.pid}/root", os.O_PATH | os.O_CLOEXEC)
-                await self._kill(record, box_id)
-            await self._clear(box_id)
-            yield slot
-        finally:
-            if root is not None:
-                self._unmounts = [unmount for unmount in self._unmounts if unmount.is_alive()]
-                self._unmounts.append(threading.Thread(target=os.close, args=(root,), name="unmount"))
-                self._unmounts[-1].start()
+        if record and record.lives():
+            await self._kill(record, box_id)
+        await self._clear(box_id)
+        return slot
 
     async def resize(self, box_id: str, resources: Resources) -> None:
         """Other limits for a box that lives."""
