@@ -80,19 +80,25 @@ def test_version_2_gives_the_server_ten_times_the_weight(tree: Path) -> None:
     assert (tree / "devboxd-t/boxes/cpu.weight").read_text() == "100\n"
 
 
-def test_version_2_lets_the_server_run_at_once(tree: Path) -> None:
+def test_version_2_lets_the_server_run_at_once_beside_a_crowd(tree: Path) -> None:
     """An idle group has a weight of 0.3, so 3 is ten times as much."""
-    (tree / "devboxd-t/boxes/cpu.idle").write_text("0\n")
-    cgroups.find("t", tree).open()
-    assert (tree / "devboxd-t/boxes/cpu.idle").read_text() == "1"
-    assert (tree / "devboxd-t/server/cpu.weight").read_text() == "3"
+    (tree / "devboxd-t/boxes/cpu.idle").write_text("1\n")
+    groups = cgroups.find("t", tree)
+    groups.open()
+    for crowded, idle, weight in ((None, "0", "1000"), (True, "1", "3"), (False, "0", "1000")):
+        if crowded is not None:
+            groups.crowd(crowded)
+        assert (tree / "devboxd-t/boxes/cpu.idle").read_text() == idle
+        assert (tree / "devboxd-t/server/cpu.weight").read_text() == weight
 
 
 def test_a_server_in_a_unit_stays_there(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its boxes are not idle: they would get nothing while anything else on the machine is busy."""
     (tree / "devboxd-t/boxes/cpu.idle").write_text("0\n")
     monkeypatch.setattr(cgroups, "own_cgroup", lambda hierarchy, controller: tree / "system.slice/devboxd.service")
-    cgroups.find("t", tree).open()
+    groups = cgroups.find("t", tree)
+    groups.open()
+    groups.crowd(True)
     assert (tree / "devboxd-t/cpu.weight").read_text() == "10"
     assert (tree / "devboxd-t/boxes/cpu.idle").read_text() == "0\n"
     assert (tree / "devboxd-t/server/cgroup.procs").read_text() == ""
@@ -172,7 +178,11 @@ def test_version_1_writes_its_limits(real: cgroups.Cgroups) -> None:
 @pytest.mark.parametrize("real", [1], indirect=True)
 def test_version_1_gives_the_server_ten_times_the_weight(real: cgroups.Cgroups) -> None:
     top = real.tops()[0]
-    idle = (top / "boxes/cpu.idle").exists()
-    assert (top / "server/cpu.shares").read_text() == ("30\n" if idle else "10240\n")
-    assert (top / "boxes/cpu.shares").read_text() == ("3\n" if idle else "1024\n")
+    assert (top / "server/cpu.shares").read_text() == "10240\n"
+    assert (top / "boxes/cpu.shares").read_text() == "1024\n"
+    if real.defers:
+        real.crowd(True)
+        assert [(top / name / "cpu.shares").read_text() for name in ("server", "boxes")] == ["30\n", "3\n"]
+        real.crowd(False)
+        assert [(top / name / "cpu.shares").read_text() for name in ("server", "boxes")] == ["10240\n", "1024\n"]
     assert str(os.getpid()) in (top / "server/cgroup.procs").read_text().split()

@@ -3,9 +3,10 @@
     <hierarchy>/devboxd-<instance>/server        the server, ten times the CPU weight of all boxes together
                                   /boxes/<box>   one per box
 
-The boxes are idle (cpu.idle) beside the server, where the kernel has that: it runs at once when it wakes up. A server
-that systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then,
-and are idle beside nobody, for they would get nothing as long as something else on the machine is busy.
+While boxes want more processors than there are, they are idle (cpu.idle) beside the server, where the kernel has that:
+it runs at once when it wakes up. Not always, for then no agent would run that it has just woken. A server that systemd
+runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then, and are idle
+beside nobody, for they would get nothing as long as something else on the machine is busy.
 
 Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
 """
@@ -42,6 +43,7 @@ class Cgroups(ABC):
         self.disks: Collection[str] = ()
         self._pace = pace
         self._home: Path | None = None
+        self._in_unit = False
 
     @abstractmethod
     def tops(self) -> list[Path]:
@@ -96,15 +98,12 @@ class Cgroups(ABC):
         try:
             for top in self.tops():
                 (top / "boxes").mkdir(parents=True, exist_ok=True)
-            in_unit = self._shelter_server()
+            self._in_unit = self._shelter_server()
             self.enable()
-            if in_unit:
+            if self._in_unit:
                 self.weigh(self.tops()[0], 10)
-            elif self.defers:
-                self._idle("").write_text("1")
-                self.weigh(self.tops()[0] / "server", 3)
             else:
-                self.weigh(self.tops()[0] / "server", 1000)
+                self.crowd(False)
         except OSError as error:
             raise SetupError(
                 f"cannot set up cgroups in {self.tops()[0]}: {error}; be root with {self.root} writable, "
@@ -180,6 +179,14 @@ class Cgroups(ABC):
         """Let the box wait whenever one that is not behind wants to run. Unknown boxes are no error."""
         with suppress(OSError):  # the box may go at any time
             self._idle(box_id).write_text(str(int(behind)))
+
+    def crowd(self, crowded: bool) -> None:
+        """Give the server its ten times, beside boxes that are idle while they are `crowded`. Raises OSError."""
+        if self._in_unit:
+            return
+        if self.defers:
+            self._idle("").write_text(str(int(crowded)))
+        self.weigh(self.tops()[0] / "server", 3 if crowded else 1000)
 
     def _idle(self, box_id: str) -> Path:
         return self.tops()[0] / "boxes" / box_id / "cpu.idle"

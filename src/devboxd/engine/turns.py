@@ -57,6 +57,8 @@ class Turns:
             seconds = {box: self._cgroups.cpu_seconds(box) for box in self._cgroups.boxes()}
         used = {box: amount - self._seconds[box] for box, amount in seconds.items() if box in self._seconds}
         chosen = behind(used, self._behind)
+        if bool(chosen) is not bool(self._behind):
+            self._cgroups.crowd(bool(chosen))
         for box in chosen ^ self._behind:
             self._cgroups.defer(box, box in chosen)
         self._looked, self._total, self._seconds, self._behind = now, total, seconds, chosen
