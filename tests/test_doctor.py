@@ -97,7 +97,6 @@ def netns() -> Iterator[Path]:
     subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
-@needs_root
 @pytest.mark.parametrize(
     ("file", "few", "enough", "check"),
     [
@@ -135,6 +134,7 @@ def test_sizes_larger_than_the_machine_are_told(monkeypatch: pytest.MonkeyPatch)
     assert by_name(Settings())["Memory"].level == "ok"
 
 
+@needs_root
 def test_plain_folders_are_told_with_what_a_snapshot_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def storage() -> doctor.Check:
         return by_name(Settings(state=tmp_path / "state", cache=tmp_path / "cache"))["Storage"]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,23 @@ async def test_a_box_that_burns_waits_for_the_others_until_it_stops(host: Host) 
     assert await other.sh("echo on") == "on"
     await burner.sh("kill -9 -1 || :")
     await until(["0", "0", "0"])
+
+
+@pytest.mark.anyio
+async def test_a_look_that_fails_is_not_the_last(groups: cgroups.Cgroups, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, looked = Turns(groups), threading.Event()
+
+    def look() -> None:
+        monkeypatch.setattr(turns, "look", looked.set)
+        raise OSError("no")
+
+    monkeypatch.setattr(turns, "look", look)
+    monkeypatch.setattr("devboxd.engine.turns._LOOK_S", 0.01)
+    keeping = asyncio.create_task(turns.keep())
+    try:
+        async with asyncio.timeout(30):
+            while not looked.is_set():
+                await asyncio.sleep(0.01)  # set in a thread, which wakes no loop
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)

@@ -4,9 +4,9 @@
                                   /boxes/<box>   one per box
 
 While boxes want more processors than there are, they are idle (cpu.idle) beside the server, where the kernel has that:
-it runs at once when it wakes up. Not always, for then no agent would run that it has just woken. A server that systemd
-runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then, and are idle
-beside nobody, for they would get nothing as long as something else on the machine is busy.
+it runs at once when it wakes up. Not always, for then an agent that it has just woken waits longer. A server that
+systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then, and
+are idle beside nobody, for they would get nothing as long as something else on the machine is busy.
 
 Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
 """

@@ -11,9 +11,12 @@ import os
 import time
 from collections.abc import Collection, Mapping
 
+import structlog
+
 from devboxd.engine.blocking import finished
 from devboxd.engine.cgroups import Cgroups
 
+_log = structlog.get_logger(__name__)
 _LOOK_S = 0.25
 _CROWDED = 0.5
 """Of all processors: below this, whoever wakes up finds one that is free."""
@@ -45,7 +48,10 @@ class Turns:
         self._behind = self._cgroups.boxes()  # a server before this one may have left them there
         while True:
             begun = time.monotonic()
-            await finished(self.look)
+            try:
+                await finished(self.look)
+            except OSError as error:
+                _log.error("cannot give boxes their turns; tried again at the next look", error=str(error))
             await asyncio.sleep(max(_LOOK_S, 20 * (time.monotonic() - begun)))
 
     def look(self) -> None:
