@@ -59,12 +59,28 @@ def test_logs_are_bounded_and_keep_the_newest(api: Api, box: str) -> None:
     assert messages(found)[-1] == "3000"
     api.run(box, "head -c 900000 /dev/zero | tr '\\0' a; echo; head -c 900000 /dev/zero | tr '\\0' b")
     found = logs(api, box)
-    assert sum(len(message) for message in messages(found)) <= 1 << 20
-    assert messages(found)[-1] == "b" * 900000
-    assert not any(message.startswith("aaa") for message in messages(found))
+    assert messages(found)[-2:] == ["...", "..." + "b" * 16384]
+    assert "3000" in messages(found), "a long line leaves room for what was before it"
+    api.run(box, "for i in $(seq 200); do head -c 16000 /dev/zero | tr '\\0' c; echo; done")
+    assert 1 << 19 < sum(len(message) for message in messages(logs(api, box))) <= 1 << 20
     for number in range(3):
         api.run(box, f": {number} " + "x" * 300_000)
     assert all(len(message) < 2000 for message in messages(logs(api, box)[-3:]))
+
+
+@pytest.mark.parametrize("size", [1_000_000, 1 << 20, 3 << 20])
+def test_a_line_of_a_megabyte_hides_nothing_of_others(api: Api, box: str, size: int) -> None:
+    api.run(box, f"echo early of {size}")
+    command = f"head -c {size} /dev/zero | tr '\\0' ä; echo; echo after >&2"
+    own = api.run(box, command)["execution_id"]
+    api.run(box, "echo late")
+    found = messages(logs(api, box))
+    assert found[-2:] == ["-> echo late", "late"]
+    assert f"early of {size}" in found
+    told = messages(logs(api, box, execution_id=own))
+    assert (told[0], told[-1]) == (f"-> {command}", "after")
+    assert told[-2].startswith("...")
+    assert 16_000 < len(told[-2].encode()) <= 3 + 16_384
 
 
 def test_unknown_things_have_no_logs(api: Api, box: str) -> None:

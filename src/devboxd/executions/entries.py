@@ -16,6 +16,9 @@ from devboxd.executions.store import COMMAND_SHOWN, Execution
 MAX_ENTRIES = 1000
 MAX_BYTES = 1 << 20
 """Most text in all messages of one answer."""
+MAX_LINE = 16 * 1024
+"""Most bytes of one line: of a longer one its end, so that it leaves room for what others said."""
+_LEFT_OUT = "..."
 _SOURCES = {"setup": "setup_commands", "launch": "setup_commands", "entrypoint": "entrypoint"}
 _LEVELS: dict[Stream, str] = {"stdout": "info", "stderr": "error"}
 
@@ -92,11 +95,19 @@ def lines(row: Execution, stream: Stream, text: str) -> list[LogEntry]:
 
 
 def _entries_of(looking: Looking, row: Execution, most: int) -> list[LogEntry]:
-    """The command and at most so many lines of each of its streams."""
+    """The command and at most so many lines of the end of each of its streams, none of them very long."""
     entries = [command(row)]
     for stream in _LEVELS:
-        entries += lines(row, stream, looking.text(row, stream, most))
+        text, cut = looking.tail(row, stream, most)
+        entries += map(_shortened, lines(row, stream, f"{_LEFT_OUT}\n{text}" if cut else text))
     return entries
+
+
+def _shortened(entry: LogEntry) -> LogEntry:
+    data = entry.message.encode()
+    if len(data) <= MAX_LINE:
+        return entry
+    return msgspec.structs.replace(entry, message=_LEFT_OUT + data[-MAX_LINE:].decode("utf-8", "ignore"))
 
 
 def _base(row: Execution) -> LogEntry:

@@ -35,7 +35,8 @@ async def list_logs(
 ) -> LogsView:
     """The newest 1000 entries, at most 1 MiB of text, also of a devbox that has ended.
 
-    With `execution_id` or `shell_name` those of one execution or named shell alone.
+    Of each stream its last 1 MiB is looked at, of a line its last 16 KiB; `...` stands for what is left out. With
+    `execution_id` or `shell_name` those of one execution or named shell alone.
     """
     devbox = await devboxes.get(call.account, devbox_id)
     if execution_id:

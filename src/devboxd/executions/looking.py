@@ -98,21 +98,18 @@ class Looking:
     def view(self, row: Execution, lines: int) -> ExecutionView:
         """The execution with its last lines; a running one shows what it wrote so far."""
         row = self.now(row)
-        out, out_cut = self._tail(row, "stdout", lines)
-        err, err_cut = self._tail(row, "stderr", lines)
+        out, out_cut = self.tail(row, "stdout", lines)
+        err, err_cut = self.tail(row, "stderr", lines)
         return view_of(row, out, err, out_cut or row.stdout_truncated, err_cut or row.stderr_truncated)
 
     def detail(self, row: Execution) -> ExecutionDetailView:
         """The outcome of a completed execution."""
-        out, _ = self._tail(row, "stdout", None)
-        err, _ = self._tail(row, "stderr", None)
+        out, _ = self.tail(row, "stdout", None)
+        err, _ = self.tail(row, "stderr", None)
         return ExecutionDetailView(row.devbox_id, out, err, row.exit_status or 0, row.shell_name)
 
-    def text(self, row: Execution, stream: Stream, lines: int) -> str:
-        """The last lines of the part of a stream that this row speaks of."""
-        return self._tail(row, stream, lines)[0]
-
-    def _tail(self, row: Execution, stream: Stream, lines: int | None) -> tuple[str, bool]:
+    def tail(self, row: Execution, stream: Stream, lines: int | None) -> tuple[str, bool]:
+        """The last lines of the part of a stream that this row speaks of, and whether anything was left out."""
         length = row.stdout_length if stream == "stdout" else row.stderr_length
         if length is None:
             length = self._journals.length(row.devbox_id, row.id, stream)
