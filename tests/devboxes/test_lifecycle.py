@@ -170,6 +170,23 @@ def test_waits_hold_and_end(api: Api, box: str) -> None:
     assert time.monotonic() - begun >= 0.25
 
 
+def test_a_wait_for_what_can_never_be_is_held_too(api: Api) -> None:
+    """Clients answer 408 by asking again, without a pause."""
+    box = api.create()
+    execution = api.run(box, "true")["execution_id"]
+    api.shutdown(box)
+    with api.events(f"/v1/devboxes/{box}/logs/tail", {}) as events:
+        list(events)  # it ends when the devbox is freed
+    path = f"/v1/devboxes/{box}"
+    for waited, status in ((path, "running"), (f"{path}/executions/{execution}", "queued")):
+        begun = time.monotonic()
+        body = {"statuses": [status], "timeout_seconds": 0.5}
+        answer = api.http.post(f"{waited}/wait_for_status", json=body)
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (408, "true")
+        assert time.monotonic() - begun >= 0.5
+    assert api.call("POST", f"{path}/wait_for_status", {"statuses": ["shutdown"]})["status"] == "shutdown"
+
+
 def test_a_create_is_done_once_per_request(api: Api) -> None:
     headers = {"x-request-id": str(uuid.uuid4())}
     first = api.http.post("/v1/devboxes", json={"name": "once"}, headers=headers).json()

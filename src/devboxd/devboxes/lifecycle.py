@@ -305,10 +305,11 @@ class Devboxes:
             wakes.discard(event)
 
     async def reached(self, devbox: Devbox, statuses: frozenset[str], seconds: float) -> Devbox | None:
-        """The devbox as soon as its status is one of these, or None when the time is over or the server stops."""
-        life = self._lives.get(devbox.id)
-        if life is None:
-            return devbox if devbox.status in statuses else None
+        """The devbox as soon as its status is one of these, or None when the time is over or the server stops.
+
+        Also one that has ended is waited for: who is answered at once asks again at once.
+        """
+        life = self._lives.get(devbox.id) or Life(devbox)
         event = asyncio.Event()
         life.wakes.add(event)
         deadline = time.monotonic() + seconds

@@ -10,7 +10,7 @@ from contextlib import ExitStack, aclosing
 
 from devboxd.errors import bad_request, not_found
 from devboxd.executions import store as rows
-from devboxd.executions.box import Boxes, unreachable
+from devboxd.executions.box import Boxes, Running, unreachable
 from devboxd.executions.journals import Journals, Stream
 from devboxd.executions.output import follow, tail
 from devboxd.executions.store import COMPLETED, Execution
@@ -66,11 +66,11 @@ class Looking:
         return row if running is None else running.row
 
     async def reached(self, row: Execution, statuses: frozenset[str], seconds: float) -> Execution | None:
-        """The execution as soon as its status is one of these, or None when the time is over or the server stops."""
-        running = self._boxes.running(row)
-        if running is None:
-            row = await self.by_id(row.id)
-            return row if row.status in statuses else None
+        """The execution as soon as its status is one of these, or None when the time is over or the server stops.
+
+        Also one that has ended is waited for: who is answered at once asks again at once.
+        """
+        running = self._boxes.running(row) or Running(await self.by_id(row.id))
         event = asyncio.Event()
         running.wakes.add(event)
         deadline = time.monotonic() + seconds
