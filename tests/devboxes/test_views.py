@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import operator
+from collections.abc import Iterator
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -150,6 +156,37 @@ def test_unknown_fields_are_refused_by_name() -> None:
         msgspec.json.decode(b'{"colour": "red"}', type=CreateDevbox)
     with pytest.raises(msgspec.ValidationError, match="colour"):
         msgspec.json.decode(b'{"launch_parameters": {"colour": 1}}', type=CreateDevbox)
+
+
+EVERYTHING: dict[str, Any] = {
+    "user_parameters": {"username": "bob", "uid": 1001},
+    "after_idle": {"idle_time_seconds": 60, "on_idle": "suspend"},
+    "lifecycle": {
+        "after_idle": {"idle_time_seconds": 60, "on_idle": "suspend"},
+        "resume_triggers": {"http": True, "axon_event": False},
+        "lifecycle_hooks": {"suspend_commands": ["sync"], "suspend_deadline_ms": 1000},
+    },
+}
+
+
+def paths(known: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path to each object in an object."""
+    yield path
+    for name, value in known.items():
+        if isinstance(value, dict):
+            yield from paths(value, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(paths(EVERYTHING)), ids=".".join)
+def test_unknown_fields_are_refused_at_any_depth(path: tuple[str, ...]) -> None:
+    decode = BodyDecoder(CreateDevbox).decode
+    launch = copy.deepcopy(EVERYTHING)
+    decode(msgspec.json.encode({"launch_parameters": launch}))
+    functools.reduce(operator.getitem, path, launch)["colour"] = None
+    with pytest.raises(ApiError) as refusal:
+        decode(msgspec.json.encode({"launch_parameters": launch}))
+    named = ".".join(("launch_parameters", *path, "colour"))
+    assert str(refusal.value) == f"cannot use the field {named!r}: it is not known here; leave it out"
 
 
 @pytest.mark.parametrize("environment", [{"": "x"}, {"A=B": "x"}, {"A": "x\0"}])

@@ -34,14 +34,14 @@ SIZES: dict[str, tuple[float, int, int]] = {
 """Size to (cpu cores, GiB of memory, GiB of disk)."""
 
 
-class UserParameters(msgspec.Struct, frozen=True):
+class UserParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The Linux user of a devbox; `uid` 0 is root."""
 
     username: str
     uid: int
 
 
-class AfterIdle(msgspec.Struct, frozen=True, omit_defaults=True):
+class AfterIdle(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """An idle policy as it is asked for; without values it asks for nothing."""
 
     idle_time_seconds: int | None = None
@@ -55,21 +55,21 @@ class IdlePolicy(NamedTuple):
     on_idle: str
 
 
-class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True):
+class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What wakes a suspended devbox, once there are tunnels and axons; kept until then."""
 
     http: bool | None = None
     axon_event: bool | None = None
 
 
-class LifecycleHooks(msgspec.Struct, frozen=True, omit_defaults=True):
+class LifecycleHooks(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Commands before a suspend, all together within the deadline."""
 
     suspend_commands: list[str] | None = None
     suspend_deadline_ms: int | None = None
 
 
-class Lifecycle(msgspec.Struct, frozen=True, omit_defaults=True):
+class Lifecycle(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How a devbox sleeps and wakes."""
 
     after_idle: AfterIdle | None = None
