@@ -71,7 +71,7 @@ def test_a_running_command_is_not_stopped_and_what_it_wrote_is_there(api: Api, b
 
 def test_its_labels_are_kept_changed_and_listed(api: Api, box: str) -> None:
     mark = uuid.uuid4().hex
-    metadata = {"mark": mark, "odd \"key'": "x,y", "kind": "a"}
+    metadata = {"mark": mark, "odd \"key'": "x,y", "kind": "a", "a/b": mark}
     one = take(api, box, name="one", commit_message="why", metadata=metadata)
     two = take(api, box, metadata={"mark": mark, "kind": "b"})
     assert (one["name"], one["commit_message"], one["metadata"]) == ("one", "why", metadata)
@@ -89,8 +89,15 @@ def test_its_labels_are_kept_changed_and_listed(api: Api, box: str) -> None:
     assert (page["has_more"], page["total_count"], len(page["snapshots"])) == (True, 2, 1)
     assert found(**{"metadata[mark]": mark, "starting_after": two["id"]}) == [one["id"]]
     keys = api.call("GET", f"{SNAPSHOTS}/metadata/keys")["keys"]
-    assert {"mark", "kind", "odd \"key'"} <= set(keys)
-    assert {"a", "b"} <= set(api.call("GET", f"{SNAPSHOTS}/metadata/keys/kind/values")["values"])
+    assert {"mark", "kind", "odd \"key'", "a/b"} <= set(keys)
+    kinds = api.call("GET", f"{SNAPSHOTS}/metadata/keys/kind/values")
+    assert kinds["key"] == "kind"
+    assert {"a", "b"} <= set(kinds["values"])
+    slashed = api.call("GET", f"{SNAPSHOTS}/metadata/keys/a%2Fb/values")
+    assert slashed["key"] == "a/b"
+    assert mark in slashed["values"]
+    public = api.call("GET", f"{SNAPSHOTS}/public/metadata/keys/a%2Fb%20%C3%A4/values")
+    assert public == {"key": "a/b ä", "values": []}
     assert api.call("GET", f"{SNAPSHOTS}/list_public")["snapshots"] == []
     changed = api.call("POST", f"{SNAPSHOTS}/{one['id']}", {"name": "", "metadata": {"kind": "z"}})
     assert (changed["name"], changed["commit_message"], changed["metadata"]) == (None, "why", {"kind": "z"})

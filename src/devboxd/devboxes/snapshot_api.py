@@ -83,6 +83,7 @@ class MetadataKeysView(msgspec.Struct, frozen=True):
 class MetadataValuesView(msgspec.Struct, frozen=True):
     """Values that a key has."""
 
+    key: str
     values: list[str]
 
 
@@ -155,7 +156,7 @@ async def snapshot_metadata_keys(snapshots: Snapshots, call: Call) -> MetadataKe
 
 async def snapshot_metadata_values(snapshots: Snapshots, call: Call, key: str) -> MetadataValuesView:
     """The values that one key has in the metadata of all snapshots."""
-    return MetadataValuesView(await snapshots.values_of(call.account, key))
+    return MetadataValuesView(key, await snapshots.values_of(call.account, key))
 
 
 async def public_snapshot_metadata_keys() -> MetadataKeysView:
@@ -165,7 +166,7 @@ async def public_snapshot_metadata_keys() -> MetadataKeysView:
 
 async def public_snapshot_metadata_values(key: str) -> MetadataValuesView:
     """The values of a key of public snapshots: none."""
-    return MetadataValuesView([])
+    return MetadataValuesView(key, [])
 
 
 async def update_snapshot(

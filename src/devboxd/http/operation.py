@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import unquote
 
 import msgspec
 import structlog
@@ -141,7 +142,7 @@ class Application:
             raise  # the connection is cut, so that the client sees an incomplete answer
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | Response:
-        operation, values = self._find(scope["method"], scope["path"])
+        operation, values = self._find(scope)
         route = operation.route
         scope["devboxd.operation"] = operation.name
         if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
@@ -179,13 +180,15 @@ class Application:
         del body  # it is freed as soon as it is decoded
         return await self._desk.answer(key, fingerprint, work)
 
-    def _find(self, method: str, path: str) -> tuple[Operation, list[str]]:
-        for node, values in self._tree.find(path.split("/"), 1, []):
+    def _find(self, scope: Scope) -> tuple[Operation, list[str]]:
+        """The operation, and the segments that its path names; an encoded slash belongs to its segment."""
+        method, raw = scope["method"], scope["raw_path"].decode(errors="replace")
+        for node, values in self._tree.find([unquote(segment) for segment in raw.split("/")], 1, []):
             if (operation := node.operations.get(method)) is not None:
                 return operation, values
             if node.operations:
-                raise _WrongMethod(method, path, sorted(node.operations))
-        raise not_found(f"cannot find {_shown(path)}: there is no such path; /docs lists them all")
+                raise _WrongMethod(method, scope["path"], sorted(node.operations))
+        raise not_found(f"cannot find {_shown(scope['path'])}: there is no such path; /docs lists them all")
 
 
 async def _sent_away(route: Route, unready: Unready) -> ApiError:
