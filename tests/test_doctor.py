@@ -64,6 +64,16 @@ def test_each_lack_has_its_consequence_and_its_cure(tmp_path: Path) -> None:
     assert "apt-get install crun" in text
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"dns_servers": ("foo",)}, {"deny_cidrs": ("foo",)}, {"allow_endpoints": ("foo",)}], ids=str
+)
+def test_a_setting_of_the_wrong_form_is_one_lack_among_all_checks(wrong: dict[str, Any]) -> None:
+    found = doctor.checks(Settings(**wrong))
+    (lack,) = [check for check in found if "'foo'" in check.found]
+    assert (lack.name, lack.level) == ("Settings", "error")
+    assert found[-1].name == "Kernel", "the other checks are made too"
+
+
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs", "overlay"])
 def test_a_state_folder_that_cannot_keep_promises_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "file_system", lambda _: (kind, "/srv"))

@@ -63,7 +63,7 @@ def checks(settings: Settings) -> list[Check]:
     if root:
         found.append(_nftables())
     found += [_memory(), _open_files(), _file_table(), _inotify(), _processes()]
-    found += [*_neighbours(root), _selinux(), _names(settings), _lan(settings), _kernel(settings)]
+    found += [*_neighbours(root), _selinux(), *_names(settings), _lan(settings), _kernel(settings)]
     return found
 
 
@@ -171,6 +171,7 @@ def _settings(settings: Settings) -> Iterator[Check]:
         extra = recipe.certificates(settings)
         network.networks(settings.deny_cidrs)
         network.endpoints(settings.allow_endpoints)
+        network.servers(settings)
     except SetupError as error:
         yield Check(name, "error", str(error), consequence, "correct it in the file of settings or the environment")
         return
@@ -425,11 +426,16 @@ def _selinux() -> Check:
     return Check("SELinux", "ok", "not enforcing", "nothing stands in the way of the runtime")
 
 
-def _names(settings: Settings) -> Check:
-    if direct := network.direct_servers(settings):
-        return Check("Names", "ok", f"boxes ask {', '.join(direct)}", "by the same way as everything else outside")
-    found = f"the server asks {', '.join(network.servers(settings))} for boxes"
-    return Check("Names", "ok", found, "inside each box, so that no port of this host is opened for it")
+def _names(settings: Settings) -> Iterator[Check]:
+    try:
+        direct, every = network.direct_servers(settings), network.servers(settings)
+    except SetupError:
+        return  # told among the settings
+    if direct:
+        yield Check("Names", "ok", f"boxes ask {', '.join(direct)}", "by the same way as everything else outside")
+    else:
+        found = f"the server asks {', '.join(every)} for boxes"
+        yield Check("Names", "ok", found, "inside each box, so that no port of this host is opened for it")
 
 
 def _lan(settings: Settings) -> Check:

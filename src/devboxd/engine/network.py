@@ -54,9 +54,7 @@ class Network:
         allowed = endpoints(settings.allow_endpoints)
         self._wall = wall.Wall(instance, wall.ruleset(instance, denied(settings), allowed))
         self._forwarders: dict[int, dns.Forwarder] = {}
-        for server in settings.dns_servers:
-            if not dns.is_address(server):
-                raise SetupError(f"cannot use {server!r} in dns_servers: write an address, as in 192.0.2.53")
+        servers(settings)
         self._records = instance.directory / "dns"
 
     async def open(self) -> None:
@@ -138,7 +136,13 @@ class Network:
 
 
 def servers(settings: Settings) -> tuple[str, ...]:
-    """The resolvers that answer boxes in the end: those of the settings, else those of the host."""
+    """The resolvers that answer boxes in the end: those of the settings, else those of the host.
+
+    Raises SetupError for what is no address.
+    """
+    for server in settings.dns_servers:
+        if not dns.is_address(server):
+            raise SetupError(f"cannot use {server!r} in dns_servers: write an address, as in 192.0.2.53")
     return settings.dns_servers or dns.read_resolv_conf().servers
 
 
