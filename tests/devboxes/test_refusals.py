@@ -129,6 +129,18 @@ def test_deletes_of_what_is_not_there(api: Api, box: str) -> None:
         assert api.call("POST", f"{SNAPSHOTS}/{gone}/delete") == {}, "it is as it was asked to be"
 
 
+def test_unknown_fields_of_what_is_made_or_changed_are_refused_by_name(api: Api, box: str) -> None:
+    snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+    with unchanged(api):
+        for path in (
+            "/v1/devboxes", f"/v1/devboxes/{box}", f"/v1/devboxes/{box}/snapshot_disk",
+            f"/v1/devboxes/{box}/snapshot_disk_async", f"{SNAPSHOTS}/{snapshot}",
+        ):  # fmt: skip
+            message = api.refused("POST", path, 400, {"name": "named", "metdata": {"a": "b"}})
+            assert message == "cannot use the field 'metdata': it is not known here; leave it out"
+    api.call("POST", f"{SNAPSHOTS}/{snapshot}/delete")
+
+
 def test_metadata_of_ten_thousand_keys_is_refused(api: Api, box: str) -> None:
     snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk", {"metadata": {"kept": "yes"}})["id"]
     with unchanged(api):

@@ -58,7 +58,7 @@ class VerifiedView(msgspec.Struct, frozen=True):
     found_digest: str
 
 
-class TakeSnapshot(msgspec.Struct, frozen=True):
+class TakeSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a new snapshot is labelled with; the message has at most 1000 characters."""
 
     name: str | None = None
@@ -66,7 +66,7 @@ class TakeSnapshot(msgspec.Struct, frozen=True):
     commit_message: str | None = None
 
 
-class UpdateSnapshot(msgspec.Struct, frozen=True):
+class UpdateSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is absent stays; an empty value clears; metadata is replaced as a whole."""
 
     name: str | msgspec.UnsetType | None = msgspec.UNSET

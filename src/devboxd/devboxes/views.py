@@ -119,7 +119,7 @@ class CreateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repo_connection_id: Any = None
 
 
-class UpdateDevbox(msgspec.Struct, frozen=True):
+class UpdateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A patch: absent leaves a field as it is, an empty value clears it."""
 
     name: str | msgspec.UnsetType | None = msgspec.UNSET
