@@ -135,7 +135,10 @@ def test_bad_input_is_refused_and_changes_nothing(api: Api, box: str) -> None:
     api.refused("POST", f"{SNAPSHOTS}/{NOBODY}/delete", 404)
     api.refused("POST", f"{SNAPSHOTS}/{NOBODY}", 404, {"name": "x"})
     api.refused("GET", f"{SNAPSHOTS}/{box}/status", 400)
-    api.refused("GET", SNAPSHOTS, 400, params={"limit": 0})
+    for listed in (SNAPSHOTS, f"{SNAPSHOTS}/list_public"):
+        for query in ({"limit": 0}, {"limit": 5001}, {"starting_after": "nonsense"}, {"starting_after": box}):
+            assert str(*query.values()) in api.refused("GET", listed, 400, params=query)
+    assert "dbx_" in api.refused("GET", SNAPSHOTS, 400, params={"devbox_id": "nonsense"})
     assert "snapshot" in api.refused("POST", "/v1/devboxes", 404, {"snapshot_id": NOBODY})
     assert "snp_" in api.refused("POST", "/v1/devboxes", 400, {"snapshot_id": "latest"})
     assert api.call("GET", SNAPSHOTS)["total_count"] == before

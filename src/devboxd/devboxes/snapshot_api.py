@@ -132,10 +132,9 @@ async def list_snapshots(
     include_total_count: bool = True,
 ) -> SnapshotListView:
     """A page of the account's snapshots, newest first, all or those of a devbox or with these metadata."""
-    if not 1 <= limit <= _MAX_PAGE:
-        raise bad_request(f"cannot list {limit} snapshots: limit is 1 to {_MAX_PAGE}")
-    if starting_after:
-        check_id("snp", starting_after, "snapshot")
+    _check_page(limit, starting_after)
+    if devbox_id:
+        check_id("dbx", devbox_id, "devbox")
     if source_blueprint_id:
         return SnapshotListView([], False, 0 if include_total_count else None)
     page, more, total = await snapshots.page(
@@ -144,8 +143,11 @@ async def list_snapshots(
     return SnapshotListView([_view(snapshot) for snapshot in page], more, total)
 
 
-async def list_public_snapshots(include_total_count: bool = True) -> SnapshotListView:
+async def list_public_snapshots(
+    limit: int = 20, starting_after: str | None = None, include_total_count: bool = True
+) -> SnapshotListView:
     """Snapshots that belong to nobody: this server has none."""
+    _check_page(limit, starting_after)
     return SnapshotListView([], False, 0 if include_total_count else None)
 
 
@@ -191,6 +193,13 @@ async def verify_snapshot(snapshots: Snapshots, call: Call, snapshot_id: str) ->
 async def delete_snapshot(snapshots: Snapshots, call: Call, snapshot_id: str) -> None:
     """Delete a snapshot; devboxes and snapshots that came from it stay as they are."""
     await snapshots.delete(call.account, snapshot_id)
+
+
+def _check_page(limit: int, starting_after: str | None) -> None:
+    if not 1 <= limit <= _MAX_PAGE:
+        raise bad_request(f"cannot list {limit} snapshots: limit is 1 to {_MAX_PAGE}")
+    if starting_after:
+        check_id("snp", starting_after, "snapshot")
 
 
 def _check(name: str | None, metadata: dict[str, str] | None, message: str | None) -> None:
