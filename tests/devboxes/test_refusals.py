@@ -77,6 +77,16 @@ def test_what_the_status_does_not_allow_is_refused(
     api.shutdown(box)
 
 
+def test_force_is_a_boolean_however_it_is_spelt(api: Api) -> None:
+    box = api.create()
+    with unchanged(api):
+        for wrong in ("", "1", "yes", "none"):
+            assert "'force'" in api.refused("POST", f"/v1/devboxes/{box}/shutdown", 400, params={"force": wrong})
+    for force in ("true", "True", "false"):
+        ended = api.call("POST", f"/v1/devboxes/{box}/shutdown", params={"force": force})
+        assert ended["status"] == "shutdown"
+
+
 @pytest.mark.parametrize("verb", ["snapshot_disk", "snapshot_disk_async", "suspend", "resume", "keep_alive"])
 def test_an_unknown_devbox_is_not_found(api: Api, verb: str) -> None:
     with unchanged(api):

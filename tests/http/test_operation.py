@@ -118,6 +118,8 @@ async def test_query_parameters_are_converted(web: Web) -> None:
     assert plain == {"thing_id": "abc", "limit": 20, "ratio": 0.5, "deep": False, "name": None, "kind": None}
     given = (await client.get("/v1/things/a%20b?limit=-3&ratio=2&deep=true&name=%C3%A9&kind=b&more=1")).json()
     assert given == {"thing_id": "a b", "limit": -3, "ratio": 2.0, "deep": True, "name": "é", "kind": "b"}
+    for text, deep in (("True", True), ("TRUE", True), ("False", False), ("false", False)):
+        assert (await client.get(f"/v1/things/x?deep={text}")).json()["deep"] is deep
     assert (await client.get("/v1/things/x?name=")).json()["name"] == ""
     assert (await client.get("/v1/things/x?name=null")).json()["name"] == "null"
 
@@ -126,7 +128,7 @@ async def test_query_parameters_are_converted(web: Web) -> None:
     "query",
     [
         "limit=a", "limit=", "limit=1.5", "limit=null",  "limit=" + "9" * 40, "limit=" + "x" * 10_000,
-        "ratio=nan", "ratio=inf", "ratio=1e999", "ratio=", "deep=1", "deep=True", "deep=", "kind=c", "kind=",
+        "ratio=nan", "ratio=inf", "ratio=1e999", "ratio=", "deep=1", "deep=yes", "deep=", "kind=c", "kind=",
     ],
 )  # fmt: skip
 async def test_a_wrong_query_parameter_is_named(web: Web, query: str) -> None:

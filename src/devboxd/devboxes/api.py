@@ -97,12 +97,12 @@ async def keep_alive(devboxes: Devboxes, call: Call, devbox_id: str) -> None:
     await devboxes.ask(call.account, devbox_id, Event.KEEP_ALIVE_ASKED)
 
 
-async def shutdown_devbox(devboxes: Devboxes, call: Call, devbox_id: str, force: str | None = None) -> DevboxView:
+async def shutdown_devbox(devboxes: Devboxes, call: Call, devbox_id: str, force: bool = False) -> DevboxView:
     """End the devbox and free its disk; once it has ended this changes nothing.
 
     While a snapshot of it is being taken: 409, unless `force` is true.
     """
-    return (await devboxes.shutdown(call.account, devbox_id, force in ("true", "1"))).view()
+    return (await devboxes.shutdown(call.account, devbox_id, force)).view()
 
 
 async def suspend_devbox(devboxes: Devboxes, call: Call, devbox_id: str) -> DevboxView:

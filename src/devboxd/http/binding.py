@@ -170,7 +170,7 @@ class Parameter:
         """The value of this text. Raises ApiError 400."""
         if not self._text and text.strip().lower() in ("", "null"):
             raise self._refusal(text, "it is empty")
-        if bool in self._parts and text not in ("true", "false"):
+        if bool in self._parts and text.lower() not in ("true", "false"):
             raise self._refusal(text, "expected true or false")
         try:
             value = msgspec.convert(text, self.kind, strict=self._text)
