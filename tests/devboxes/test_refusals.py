@@ -73,7 +73,7 @@ def test_what_the_status_does_not_allow_is_refused(
         for verb in verbs:
             message = api.refused("POST", f"/v1/devboxes/{box}/{verb}", 400)
             asked = verb.removesuffix("_disk_async").removesuffix("_disk").replace("_", " ")
-            assert message.startswith(f"cannot {asked} the devbox {box} while it is {status}: "), message
+            assert message.startswith(f"cannot {asked} the devbox {box} while its status is {status}: "), message
     api.shutdown(box)
 
 
@@ -102,9 +102,10 @@ def test_of_many_at_once_one_is_done(api: Api, verb: str, begun: str, settled: s
     with ThreadPoolExecutor(5) as clients:
         answers = list(clients.map(lambda _: api.http.post(f"/v1/devboxes/{box}/{verb}"), range(5)))
     assert sorted(answer.status_code for answer in answers) == [200, 400, 400, 400, 400]
+    refusal = f"cannot {verb} the devbox {box} while its status is "
     for answer in answers:
         if answer.status_code == 400:
-            assert answer.json()["message"].startswith(f"cannot {verb} the devbox {box} while it is "), answer.text
+            assert answer.json()["message"].startswith(refusal), answer.text
     view = api.wait_box(box, settled)
     after = [step["status"] for step in view["state_transitions"]][len(before) :]
     assert (after[0], after[-1], after.count(begun)) == (begun, settled, 1)

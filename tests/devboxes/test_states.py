@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,17 @@ def test_every_pair_has_one_meaning(status: Status, event: Event) -> None:
 def test_requests_never_meet_an_invalid_transition(event: Event) -> None:
     for status in Status:
         assert isinstance(step(status, event), Move | Refusal)
+
+
+def test_a_refusal_says_what_to_do_and_not_the_status_again() -> None:
+    """It stands behind "cannot ... while its status is ...: "."""
+    for event, row in TABLE.items():
+        for status, move in row.items():
+            if isinstance(move, Refusal):
+                assert f"it is {status}" not in move.advice, (event, status)
+                assert move.advice[0].islower()
+                assert not move.advice.endswith(".")
+                assert re.search(r"\b(wait|resume|use|create)\b", move.advice), (event, status)
 
 
 @pytest.mark.parametrize("event", Event)

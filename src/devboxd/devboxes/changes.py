@@ -27,6 +27,9 @@ _NEVER_MS = 1 << 60
 _LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED, Event.READY})
 """What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
 
+_VERBS = {"shutdown_during_snapshot": "shut down", "thawed": "resume"}
+"""What was asked for, where the event has another name."""
+
 
 class BoxFailure(Exception):
     """A devbox cannot go on: the reason's name on the wire, and in words."""
@@ -155,7 +158,6 @@ def deadline(launch: LaunchParameters, now: int) -> int:
 def refused(devbox: Devbox, verb: str, refusal: Refusal) -> ApiError:
     """The answer to a request for what the table refuses."""
     retry = False if refusal.code == 409 else None
-    verb = verb.removesuffix("_during_snapshot").replace("_", " ")
-    return ApiError(
-        refusal.code, f"cannot {verb} the devbox {devbox.id} while it is {devbox.status}: {refusal.advice}", retry=retry
-    )
+    verb = _VERBS.get(verb, verb.replace("_", " "))
+    why = f"while its status is {devbox.status}: {refusal.advice}"
+    return ApiError(refusal.code, f"cannot {verb} the devbox {devbox.id} {why}", retry=retry)

@@ -85,7 +85,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An illegal pair that a request can ask for: the code of HTTP and what to tell the caller."""
+    """An illegal pair that a request can ask for: the code of HTTP, and what to tell a caller who hears the status."""
 
     code: int
     advice: str
@@ -103,10 +103,9 @@ class InvalidTransition(Exception):
 P, I, R, U, Z, F, S = Status  # noqa: E741
 _ENDED = "it has ended; create another devbox"
 _NOT_YET = "wait for the status running"
-_ASLEEP = "it is suspended; resume it first"
 _UNCHANGED: dict[Status, Move | Refusal] = {F: Move(F), S: Move(S)}
 _OVER: dict[Status, Move | Refusal] = {F: Refusal(400, _ENDED), S: Refusal(400, _ENDED)}
-_NOT_SUSPENDED = Refusal(400, "it is not suspended")
+_STARTING = Refusal(400, "it is not suspended; wait for the status running")
 
 
 def _end(reason: str, *statuses: Status) -> dict[Status, Move | Refusal]:
@@ -121,8 +120,8 @@ def _fail() -> dict[Status, Move | Refusal]:
 
 
 def _only_running(move: Move) -> dict[Status, Move | Refusal]:
-    asleep = Refusal(400, _ASLEEP)
-    return {P: Refusal(400, _NOT_YET), I: Refusal(400, _NOT_YET), R: move, U: asleep, Z: asleep, **_OVER}
+    falling, asleep = Refusal(400, "wait for the status suspended, then resume it"), Refusal(400, "resume it first")
+    return {P: Refusal(400, _NOT_YET), I: Refusal(400, _NOT_YET), R: move, U: falling, Z: asleep, **_OVER}
 
 
 _SUSPEND = Move(U, (Effect.SUSPEND,))
@@ -149,15 +148,15 @@ TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
         P: Refusal(400, _NOT_YET),
         I: Refusal(400, _NOT_YET),
         R: _SUSPEND,
-        U: Refusal(400, "it is being suspended already"),
-        Z: Refusal(400, "it is suspended already"),
+        U: Refusal(400, "that is under way; wait for the status suspended"),
+        Z: Refusal(400, "it sleeps already; resume it to use it"),
         **_OVER,
     },
     Event.RESUME_ASKED: {
-        P: _NOT_SUSPENDED,
-        I: _NOT_SUSPENDED,
-        R: _NOT_SUSPENDED,
-        U: Refusal(400, "it is still being suspended; wait for the status suspended"),
+        P: _STARTING,
+        I: _STARTING,
+        R: Refusal(400, "it is not suspended; use it as it is"),
+        U: Refusal(400, "wait for the status suspended"),
         Z: Move(P, (Effect.RESET_DEADLINE, Effect.BOOT)),
         **_OVER,
     },
