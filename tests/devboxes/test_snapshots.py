@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,17 @@ def test_a_deleted_one_says_so_and_is_used_no_more(api: Api, box: str, server: S
     assert "deleted" in api.refused("POST", "/v1/devboxes", 400, {"snapshot_id": snapshot})
     assert "deleted" in api.refused("POST", f"{SNAPSHOTS}/{snapshot}", 404, {"name": "x"})
     assert snapshot not in [view["id"] for view in api.call("GET", SNAPSHOTS, params={"limit": 5000})["snapshots"]]
+
+
+def test_one_that_failed_says_why_until_it_is_deleted(api: Api, box: str, server: Server) -> None:
+    snapshot = take(api, box)["id"]
+    failed = "update snapshots set status = 'error', error = 'the disk broke' where id = ?"
+    with contextlib.closing(sqlite3.connect(server.state / "devboxd.db")) as store, store:
+        store.execute(failed, (snapshot,))
+    assert status(api, snapshot) == {"status": "error", "snapshot": None, "error_message": "the disk broke"}
+    assert snapshot not in [view["id"] for view in api.call("GET", SNAPSHOTS, params={"limit": 5000})["snapshots"]]
+    delete(api, snapshot)
+    assert status(api, snapshot) == {"status": "deleted", "snapshot": None, "error_message": None}
 
 
 def test_bad_input_is_refused_and_changes_nothing(api: Api, box: str) -> None:

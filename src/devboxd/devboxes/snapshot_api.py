@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from devboxd.devboxes.snapshot_store import COMPLETE, Snapshot
+from devboxd.devboxes.snapshot_store import COMPLETE, ERROR, Snapshot
 from devboxd.devboxes.snapshots import Snapshots
 from devboxd.devboxes.views import check_labels
 from devboxd.errors import bad_request
@@ -118,7 +118,7 @@ async def snapshot_status(
     if include_manifest_digest and snapshot.status == COMPLETE:
         snapshot = await snapshots.digested(snapshot)
     shown = _view(snapshot) if snapshot.status == COMPLETE else None
-    return SnapshotStatusView(snapshot.status, shown, snapshot.error)
+    return SnapshotStatusView(snapshot.status, shown, snapshot.error if snapshot.status == ERROR else None)
 
 
 async def list_snapshots(
