@@ -100,8 +100,12 @@ def test_its_labels_are_kept_changed_and_listed(api: Api, box: str) -> None:
     public = api.call("GET", f"{SNAPSHOTS}/public/metadata/keys/a%2Fb%20%C3%A4/values")
     assert public == {"key": "a/b ä", "values": []}
     assert api.call("GET", f"{SNAPSHOTS}/list_public")["snapshots"] == []
+    for nothing in ({}, {"name": None, "metadata": None, "commit_message": None}):
+        assert api.call("POST", f"{SNAPSHOTS}/{one['id']}", nothing) == one
     changed = api.call("POST", f"{SNAPSHOTS}/{one['id']}", {"name": "", "metadata": {"kind": "z"}})
     assert (changed["name"], changed["commit_message"], changed["metadata"]) == (None, "why", {"kind": "z"})
+    emptied = api.call("POST", f"{SNAPSHOTS}/{one['id']}", {"metadata": {}, "commit_message": ""})
+    assert (emptied["name"], emptied["commit_message"], emptied["metadata"]) == (None, None, {})
     delete(api, one["id"])
     delete(api, two["id"])
 

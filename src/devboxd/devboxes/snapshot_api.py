@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from devboxd.devboxes.snapshot_store import COMPLETE, ERROR, Snapshot
@@ -67,11 +65,11 @@ class TakeSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UpdateSnapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is absent stays; an empty value clears; metadata is replaced as a whole."""
+    """What is absent or null stays; an empty value clears; metadata is replaced as a whole."""
 
-    name: str | msgspec.UnsetType | None = msgspec.UNSET
-    metadata: dict[str, str] | msgspec.UnsetType | None = msgspec.UNSET
-    commit_message: str | msgspec.UnsetType | None = msgspec.UNSET
+    name: str | None = None
+    metadata: dict[str, str] | None = None
+    commit_message: str | None = None
 
 
 class MetadataKeysView(msgspec.Struct, frozen=True):
@@ -174,12 +172,10 @@ async def public_snapshot_metadata_values(key: str) -> MetadataValuesView:
 async def update_snapshot(
     snapshots: Snapshots, call: Call, snapshot_id: str, body: UpdateSnapshot | None = None
 ) -> SnapshotView:
-    """Change name, commit message or metadata."""
+    """Change name, commit message or metadata: what is absent stays, an empty value clears."""
     asked = body or UpdateSnapshot()
-    given: dict[str, Any] = {
-        name: value for name, value in msgspec.structs.asdict(asked).items() if value is not msgspec.UNSET
-    }
-    _check(given.get("name"), given.get("metadata"), given.get("commit_message"))
+    _check(asked.name, asked.metadata, asked.commit_message)
+    given = {name: value for name, value in msgspec.structs.asdict(asked).items() if value is not None}
     values = {name: value or ({} if name == "metadata" else None) for name, value in given.items()}
     return _view(await snapshots.update(call.account, snapshot_id, call.once, **values))
 
