@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from devboxd.config import Settings
 from devboxd.devboxes import store as rows
+from devboxd.devboxes.snapshots import Snapshots
 from devboxd.devboxes.states import Event
 from devboxd.engine.base import BoxSpec, Image
 from devboxd.engine.images import Images
+from devboxd.http.once import Once
 from devboxd.store.db import StoreError
 from support.engine import Host
 from support.house import ACCOUNT, House, SetClock
@@ -146,6 +149,22 @@ async def test_keep_alive_begins_the_idle_time_anew(house: House, clock: SetCloc
     await clock.move(0.001 + LOOK_S)
     ended = await house.reached(box, "shutdown")
     assert (ended.shutdown_reason, ended.end_time_ms) == ("idle", asked + 1000 * IDLE_S)
+
+
+async def test_a_snapshot_begins_the_idle_time_anew(house: House, clock: SetClock) -> None:
+    box = await house.create(launch_parameters={"after_idle": after_idle("shutdown")})
+    snapshots = Snapshots(house.store, house.engine, house.devboxes)
+    await clock.move(IDLE_S - 1)
+    taken = await snapshots.take(ACCOUNT, box, None, None, {}, Once(None, hashlib.sha256()))
+    assert (await snapshots.taken(ACCOUNT, taken.id)).status == "complete"
+    asked = clock.now_ms()
+    await clock.move(IDLE_S - 0.001)
+    assert await outcome(house, box) == RUNS
+    await clock.move(0.001 + LOOK_S)
+    ended = await house.reached(box, "shutdown")
+    assert (ended.shutdown_reason, ended.end_time_ms) == ("idle", asked + 1000 * IDLE_S)
+    await snapshots.delete(ACCOUNT, taken.id)
+    await snapshots.close()
 
 
 async def test_a_deadline_holds_while_no_server_runs(image: Image, clock: SetClock, state: Path) -> None:

@@ -277,11 +277,12 @@ class Devboxes:
         )
 
     async def life(self, account: str, devbox_id: str, event: Event) -> Life:
-        """The devbox for something that the table allows in its status. Raises the refusal of the table."""
+        """The devbox for a use of it that the table allows in its status. Raises the refusal of the table."""
         devbox = await self.get(account, devbox_id)
         move = step(devbox.status, event)
         if isinstance(move, Refusal):
             raise refused(devbox, event.removesuffix("_asked"), move)
+        self._touch(devbox_id)
         return self._lives[devbox_id]
 
     @property
