@@ -141,7 +141,8 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         snapshots = Snapshots(store, engine, devboxes)
         places = Places(streams_within(available))
         requests = Requests()
-        metrics = Metrics(settings.state, store, requests, places, devboxes, changes, executions, incidents)
+        watched = (requests, places, devboxes, changes, executions, incidents, snapshots)
+        metrics = Metrics(settings.state, store, *watched)
         services = (
             store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
         )  # fmt: skip

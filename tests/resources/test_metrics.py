@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +72,29 @@ def test_the_counts_follow_what_happens(own_server: Server) -> None:
         assert after.value("devboxd_devboxes_ended_total", status="failure", reason=reason) == 1
         assert after.value("devboxd_executions_running") == 0
         assert after.value("devboxd_streams_open") == 0
+
+
+def test_snapshots_sleep_and_the_pool_are_counted(own_server: Server) -> None:
+    with own_server.api() as api:
+        box = api.create()
+        snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+        for verb, settled in (("suspend", "suspended"), ("resume", "running"), ("suspend", "suspended")):
+            api.call("POST", f"/v1/devboxes/{box}/{verb}")
+            api.wait_box(box, settled)
+        scrape = Scrape(api)
+        assert scrape.value("devboxd_snapshots_total", status="complete") == 1
+        assert scrape.value("devboxd_snapshots_total", status="error") == 0
+        assert scrape.value("devboxd_suspends_total") == 2
+        assert scrape.value("devboxd_resumes_total") == 1
+        if (own_server.state / "pool.btrfs").exists():
+            assert scrape.value("devboxd_pool_bytes") > scrape.value("devboxd_pool_free_bytes") > 1 << 30
+    own_server.kill()
+    lost = "update snapshots set status = 'in_progress', id = ? where id = ?"  # as if it had not been made in time
+    with contextlib.closing(sqlite3.connect(own_server.state / "devboxd.db")) as store, store:
+        store.execute(lost, ("snp_" + "0" * 21, snapshot))
+    own_server.start()
+    with own_server.api() as api:
+        assert Scrape(api).value("devboxd_snapshots_total", status="error") == 1
 
 
 def test_metrics_need_a_key_also_from_the_same_machine(api: Api) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from devboxd.clock import Clock
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Refusal, Status, step
+from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Move, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
@@ -80,6 +80,10 @@ class Changes:
         """By which devboxes live."""
         self.ended: Counter[tuple[str, ...]] = Counter()
         """How many devboxes ended since the server was started, by status and reason."""
+        self.suspended = 0
+        """How often one was put to sleep."""
+        self.resumed = 0
+        """How often one that slept ran again."""
 
     async def apply(
         self, life: Life, event: Event, failure: BoxFailure | None = None, once: Once | None = None, **more: Any
@@ -114,9 +118,17 @@ class Changes:
             if values:
                 change = partial(changed, devbox=devbox, once=once, **values)
                 life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
-                if move.status in TERMINAL and devbox.status not in TERMINAL:
-                    self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
+                if move.status != devbox.status:
+                    self._count(devbox, event, move, failure)
                 _log.info("devbox", id=devbox.id, was=devbox.status, status=move.status, by=event)
+
+    def _count(self, devbox: Devbox, event: Event, move: Move, failure: BoxFailure | None) -> None:
+        if move.status in TERMINAL:
+            self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
+        elif event is Event.SUSPENDED:
+            self.suspended += 1
+        elif move.status is Status.RUNNING and (devbox.boots > 0 or event is Event.THAWED):
+            self.resumed += 1
 
     async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
         """Apply an event that nobody asked for; a store that cannot be written is tried until it can."""

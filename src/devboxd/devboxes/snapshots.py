@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +41,8 @@ class Snapshots:
         self._digests: dict[str, asyncio.Task[str]] = {}
         self._one_digest = asyncio.Semaphore(1)
         self._tasks = Tasks()
+        self.finished: Counter[tuple[str, ...]] = Counter()
+        """How many were finished since the server was started, by status: complete or error."""
 
     async def open(self) -> None:
         """Settle what an earlier server had begun, and remove what no row wants."""
@@ -212,6 +215,7 @@ class Snapshots:
             except StoreError as full:
                 _log.error("cannot store a snapshot; trying again", id=snapshot.id, error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)
+        self.finished[(status,)] += 1
         _log.info("snapshot", id=snapshot.id, devbox=snapshot.devbox_id, status=status, error=error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ import devboxd
 from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.snapshots import Snapshots
 from devboxd.executions.running import Executions
 from devboxd.http.requests import BOUNDS_S, Requests
 from devboxd.http.streams import Places
@@ -44,6 +46,7 @@ class Metrics(Collector):
         changes: Changes,
         executions: Executions,
         incidents: Incidents,
+        snapshots: Snapshots,
     ) -> None:
         self._state = state
         self._store = store
@@ -53,6 +56,7 @@ class Metrics(Collector):
         self._changes = changes
         self._executions = executions
         self._incidents = incidents
+        self._snapshots = snapshots
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -76,6 +80,10 @@ class Metrics(Collector):
         yield _gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): self._devboxes.waiting})
         ended = self._changes.ended
         yield _counter("devboxd_devboxes_ended", "Devboxes that ended, and why", ended, "status", "reason")
+        yield _counter("devboxd_suspends", "Devboxes put to sleep", {(): self._changes.suspended})
+        yield _counter("devboxd_resumes", "Devboxes that slept and run again", {(): self._changes.resumed})
+        taken = self._snapshots.finished
+        yield _counter("devboxd_snapshots", "Snapshots that are complete or have failed (error)", taken, "status")
         text = "Processes of devboxes that the kernel killed for lack of memory"
         yield _counter("devboxd_oom_kills", text, {(): self._incidents.oom_kills})
 
@@ -102,10 +110,14 @@ class Metrics(Collector):
     def _of_store(self) -> Iterator[Metric]:
         yield _counter("devboxd_store_writes", "Changes of the store", {(): self._store.writes})
         yield _counter("devboxd_store_commits", "Transactions that they shared", {(): self._store.commits})
-        disk = os.statvfs(self._state)
-        size, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-        yield _gauge("devboxd_state_disk_bytes", "Size of the disk that holds the state folder", {(): size})
-        yield _gauge("devboxd_state_disk_free_bytes", "What is free of it", {(): free})
+        disk = shutil.disk_usage(self._state)
+        yield _gauge("devboxd_state_disk_bytes", "Size of the disk that holds the state folder", {(): disk.total})
+        yield _gauge("devboxd_state_disk_free_bytes", "What is free of it", {(): disk.free})
+        if os.path.ismount(self._state / "disks"):
+            pool = shutil.disk_usage(self._state / "disks")
+            text = "Size of the pool of disks, where it is not a part of that disk; it grows"
+            yield _gauge("devboxd_pool_bytes", text, {(): pool.total})
+            yield _gauge("devboxd_pool_free_bytes", "What is free of it", {(): pool.free})
 
 
 async def retrieve_metrics(metrics: Metrics) -> Annotated[Response, "text/plain"]:
