@@ -23,6 +23,7 @@ SIGNS = st.builds(
     uses=st.sampled_from([(), ("stream",), ("file transfer", "stream")]),
     touched_ms=st.integers(0, 200_000),
     cpu_share=st.floats(0, 2),
+    snapshot=st.booleans(),
 )
 
 
@@ -33,6 +34,7 @@ SIGNS = st.builds(
         (Signs(2, (), 0, 0.0), "2 running commands"),
         (Signs(0, ("stream",), 0, 0.0), "an open stream"),
         (Signs(0, (), 0, 0.5), "50% of a processor"),
+        (Signs(0, (), 0, 0.0, snapshot=True), "a snapshot that is being taken"),
     ],
 )
 def test_work_keeps_it_awake_and_is_named(signs: Signs, word: str) -> None:

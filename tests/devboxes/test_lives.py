@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import select
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,15 @@ import pytest
 
 from devboxd.config import Settings
 from devboxd.devboxes import store as rows
+from devboxd.devboxes.snapshot_store import COMPLETE
 from devboxd.devboxes.snapshots import Snapshots
 from devboxd.devboxes.states import Event
 from devboxd.engine.base import BoxSpec, Image
 from devboxd.engine.images import Images
+from devboxd.executions import store as execution_rows
 from devboxd.http.once import Once
 from devboxd.store.db import StoreError
+from support.casualties import end_sleeps
 from support.engine import Host
 from support.house import ACCOUNT, House, SetClock
 
@@ -209,6 +215,61 @@ async def test_idle_time_goes_on_while_no_server_runs(
         await clock.move(IDLE_S)
         for box in (used, kept):
             assert (await house.reached(box, status)).shutdown_reason == reason
+
+
+async def test_no_end_by_itself_cuts_a_snapshot_short(
+    house: House, clock: SetClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a deadline nor an idle policy: both wait until it is complete."""
+    ended = await house.create(launch_parameters={"keep_alive_time_seconds": 60})
+    asleep = await house.create(launch_parameters={"after_idle": after_idle("suspend")})
+    snapshots = Snapshots(house.store, house.engine, house.devboxes)
+    snapshot, taken = house.engine.snapshot, asyncio.Event()
+
+    async def late(*names: str) -> None:
+        await taken.wait()
+        await snapshot(*names)
+
+    monkeypatch.setattr(house.engine, "snapshot", late)
+    once = Once(None, hashlib.sha256())
+    begun = [await snapshots.take(ACCOUNT, box, None, None, {}, once) for box in (ended, asleep)]
+    await clock.move(2 * IDLE_S)
+    assert [await outcome(house, box) for box in (ended, asleep)] == [RUNS, RUNS]
+    taken.set()
+    for one in begun:
+        assert (await snapshots.taken(ACCOUNT, one.id)).status == COMPLETE
+    assert (await house.reached(ended, "shutdown")).shutdown_reason == "keep_alive_timeout"
+    await clock.move(IDLE_S + LOOK_S)
+    assert (await house.reached(asleep, "suspended")).failure_reason is None
+    await snapshots.close()
+
+
+async def test_an_end_that_was_told_just_before_the_box_ends_counts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = await house.create()
+    row = await house.executions.start(box, "sleep 7303; exit 7")
+    in_service, record, stop = house.executions.box(box), house.engine._record(box), house.engine.stop
+    assert in_service is not None
+    assert record is not None
+    agent = in_service.agent
+
+    async def stopping(box_id: str) -> None:
+        monkeypatch.setattr(house.engine, "stop", stop)
+        end_sleeps(box_id, "7303")
+        select.select([agent._socket], [], [], 60)  # without a turn for whoever would read it
+        pidfd = os.pidfd_open(record.pid)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], 60)
+        os.close(pidfd)
+        await stop(box_id)
+
+    monkeypatch.setattr(house.engine, "stop", stopping)
+    await house.ask(box, Event.SUSPEND_ASKED)
+    await house.reached(box, "suspended")
+    found = await house.store.read(lambda connection: execution_rows.by_id(connection, row.id))
+    assert found is not None
+    assert (found.status, found.exit_status) == ("completed", 7)
 
 
 async def test_one_that_cannot_be_written_down_leaves_no_box(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

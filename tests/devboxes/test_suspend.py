@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shlex
+import signal
 import subprocess
 import time
 import uuid
@@ -16,6 +17,7 @@ import pytest
 
 from devboxd.executions.shells import shell_key
 from support.api import Api
+from support.casualties import end_sleeps
 from support.reader import Reader
 from support.server import Server
 
@@ -233,6 +235,37 @@ def test_frozen_processes_outlive_the_server(freezing: Server) -> None:
         assert api.send(box, execution, "it\n")
         assert api.wait(box, execution)["stdout"] == "got it\n"
         api.shutdown(box)
+
+
+@pytest.mark.parametrize("memory_s", ["0", "600"])
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM])
+def test_a_suspend_goes_on_where_a_server_ended(memory_s: str, death: signal.Signals) -> None:
+    """What its commands did meanwhile counts, the hooks that were left run, and its shells are kept."""
+    hooks = {"suspend_commands": ["touch ~/begun; sleep 7301; true", "echo hooked >~/hooked"]}
+    server = Server(suspend_keep_memory_seconds=memory_s)
+    try:
+        with server.start().api() as api:
+            box = api.create(launch_parameters={"lifecycle": {"lifecycle_hooks": hooks}})
+            api.run(box, "cd /tmp; export X=kept", shell_name="s")
+            execution = api.start(box, "echo before; sleep 7302; echo after; exit 7")
+            Reader(server, box, execution).until(lambda reader: reader.text == "before\n")
+            api.call("POST", f"/v1/devboxes/{box}/suspend")
+            while not (server.state / "disks" / box / "upper/home/user/begun").exists():
+                time.sleep(0.01)
+            (server.terminate if death is signal.SIGTERM else server.kill)()
+            end_sleeps(box, "7301", "7302")
+            server.start()
+            api.wait_box(box, "suspended")
+            if memory_s != "0":
+                resume(api, box)
+            view = api.wait(box, execution)
+            assert (view["exit_status"], view["stdout"]) == (7, "before\nafter\n")
+            if memory_s == "0":
+                resume(api, box)
+            assert api.output(box, "cat ~/hooked") == "hooked\n"
+            assert api.run(box, "echo $X $PWD", shell_name="s")["stdout"] == "kept /tmp\n"
+    finally:
+        server.stop()
 
 
 def test_after_the_grace_frozen_processes_end_and_the_disk_stays() -> None:

@@ -1,4 +1,7 @@
-"""Devboxes that die in the middle of the load: their first process is killed, or the runtime that makes them."""
+"""Devboxes that die in the middle of the load: their first process is killed, or the runtime that makes them.
+
+Also single commands that a test ends from outside.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 from devboxd.engine import linux
 from support.actor import Actor, Dead, Started
 from support.api import Api
+from support.leftovers import groups
 from support.server import Server
 
 MOMENTS = ("beginning", "running", "resuming")
@@ -24,6 +28,21 @@ MAKING = "making"
 _PATIENCE_S = 30.0
 _MOST_S = 0.02
 """Somewhat more than the runtime takes on a quiet machine."""
+
+
+def end_sleeps(box: str, *seconds: str) -> None:
+    """End the processes `sleep <seconds>` of a box, which run or are about to."""
+    left = set(seconds)
+    deadline = time.monotonic() + _PATIENCE_S
+    while left:
+        assert time.monotonic() < deadline, f"{left} do not run"
+        for members in groups(f"*/boxes/{box}/cgroup.procs"):
+            for pid in map(int, members.read_text().split()):
+                with contextlib.suppress(OSError):
+                    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                    if words[0] == "sleep" and words[1] in left:
+                        os.kill(pid, signal.SIGKILL)
+                        left.remove(words[1])
 
 
 def kill_agent(moment: str, actor: Actor) -> None:

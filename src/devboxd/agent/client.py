@@ -33,6 +33,7 @@ _START_S: Final = 300.0
 _LOOK_S: Final = 2.0
 _SLACK_S: Final = 8.0
 _CLOSE_S: Final = 1.0
+_LAST_S: Final = 1.0
 _FRAMES_A_TURN: Final = 64
 _STALLS_A_SPAN: Final = 400
 _SPAN_S: Final = 0.1
@@ -150,6 +151,7 @@ class AgentClient:
         self._on_stall = on_stall
         self._on_closed = on_closed
         self._closed = False
+        self._over = asyncio.Event()
         self._tag = 0
         self._pending: dict[int, _Pending] = {}
         self._outgoing: deque[tuple[int, bytes, Sequence[int]]] = deque()
@@ -306,6 +308,15 @@ class AgentClient:
     async def room(self) -> int:
         """Return how many more executions the agent has room for."""
         return await self._value(protocol.encode_room)
+
+    async def last_words(self) -> None:
+        """Return when the agent, which was ended, has ended the connection too: all that it told was heard then.
+
+        One that does not is not waited for.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_S):
+                await self._over.wait()
 
     async def close(self) -> None:
         """Close the connection; outstanding requests fail with AgentClosedError. The box goes on."""
@@ -556,6 +567,7 @@ class AgentClient:
         if self._closed:
             return
         self._closed = True
+        self._over.set()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         if self._watchdog is not None:

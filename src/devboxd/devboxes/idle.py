@@ -20,11 +20,14 @@ class Signs:
     """When it was last asked for something, in Unix milliseconds."""
     cpu_share: float
     """Processors used since the last look."""
+    snapshot: bool = False
+    """One is being taken of it."""
 
     def reasons(self) -> tuple[str, ...]:
         """What keeps the devbox awake, in words; nothing when it is idle."""
         found = [f"{self.commands} running command{'s' * (self.commands != 1)}"] if self.commands else []
         found += [f"an open {kind}" for kind in self.uses]
+        found += ["a snapshot that is being taken"] if self.snapshot else []
         if self.cpu_share > CPU_SHARE:
             found.append(f"processes that use {self.cpu_share:.0%} of a processor")
         return tuple(found)

@@ -24,7 +24,7 @@ from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.supervisor import Supervisor
-from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create
+from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create, resources
 from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import Engine, Figures
 from devboxd.errors import ApiError, bad_request, not_found
@@ -42,6 +42,8 @@ _MEASURE_SHARE = 50
 _SWEEP_S = 3600.0
 _FREE_S = 1.5
 _SWEEP_AT_ONCE = 100
+_MORE_THAN_FULL = 16 << 20
+"""What a full disk may hold beyond its size: its own folders, and what was counted late."""
 
 
 class Devboxes:
@@ -94,7 +96,10 @@ class Devboxes:
             elif _slept(life) and not self._engine.has_disk(devbox.id):
                 text = "its disk is gone" if interruption is None else f"{interruption}, without its disk"
                 await self._changes.happen(life, Event.DISK_LOST, BoxFailure("execution_failed", text))
-            life.frozen = devbox.status is Status.SUSPENDED and alive.get(devbox.id, False)
+            if alive.get(devbox.id):
+                life.frozen = life.devbox.status is Status.SUSPENDED
+                if not life.frozen:  # a server was killed while the box stood still
+                    await self._engine.thaw(devbox.id)
             await self._executions.adopt(self._supervisor.box(devbox))  # before the first request asks for what ran
             self._begin(life)
         for box_id in alive.keys() - self._lives.keys():
@@ -135,7 +140,8 @@ class Devboxes:
             return await self.get(account, once.ref)
         launch, _ = check_create(body)
         source = body.snapshot_id or None
-        image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source))
+        disk = resources(launch).disk_bytes
+        image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source, disk))
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
                 503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=True
@@ -169,7 +175,7 @@ class Devboxes:
 
         def insert(connection: Connection) -> None:
             if source is not None:
-                _image_of(connection, account, source)  # it may have been deleted since
+                _image_of(connection, account, source, disk)  # it may have been deleted since
             rows.add(connection, devbox)
             once.bind(connection, devbox.id)
 
@@ -372,13 +378,18 @@ class Devboxes:
             return []
 
 
-def _image_of(connection: Connection, account: str, snapshot_id: str) -> str | None:
-    """The image below a snapshot. Raises 404 and 400 when no devbox can begin from it."""
+def _image_of(connection: Connection, account: str, snapshot_id: str, disk_bytes: int) -> str | None:
+    """The image below a snapshot. Raises 404 and 400 when no devbox with this disk can begin from it."""
     snapshot = snapshot_store.get(connection, snapshot_id)
     if snapshot is None or snapshot.account_id != account:
         raise not_found(f"cannot find the snapshot {snapshot_id}; check the id and the account of the key")
     if snapshot.status != snapshot_store.COMPLETE:
         raise bad_request(f"cannot start from the snapshot {snapshot_id}: it is {snapshot.status}; use a complete one")
+    if (size := snapshot.size_bytes or 0) > disk_bytes + _MORE_THAN_FULL:
+        raise bad_request(
+            f"cannot start from the snapshot {snapshot_id}: it holds {size >> 20} MiB, and the disk of the devbox "
+            f"would have {disk_bytes >> 20} MiB; ask for a larger one in launch_parameters.resource_size_request"
+        )
     return snapshot.image
 
 

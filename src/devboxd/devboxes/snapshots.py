@@ -49,7 +49,7 @@ class Snapshots:
         found = await self._engine.snapshots()
         for snapshot in await self._store.read(rows.unfinished):
             whole = snapshot.id in found
-            await self._finish(snapshot, None if whole else "the server was killed while it was taken; take another")
+            await self._finish(snapshot, None if whole else "the server ended while it was taken; take another")
         for snapshot_id in found - await self._store.read(rows.wanted):
             self._tasks.start(self._engine.delete_snapshot(snapshot_id), f"remove {snapshot_id}")
 
@@ -83,6 +83,7 @@ class Snapshots:
             await self._store.write(insert)
         except BaseException:
             life.snapshots.discard(snapshot.id)
+            life.update(life.devbox)
             raise
         self._taking[snapshot.id] = self._tasks.start(self._work(life, snapshot), f"snapshot {snapshot.id}")
         return snapshot
@@ -202,6 +203,7 @@ class Snapshots:
             await self._finish(snapshot, error)
         finally:
             life.snapshots.discard(snapshot.id)
+            life.update(life.devbox)
             del self._taking[snapshot.id]
 
     async def _finish(self, snapshot: Snapshot, error: str | None) -> None:

@@ -119,10 +119,12 @@ class Supervisor:
         while life.devbox.status in LIVE:
             life.changed.clear()
             left = (life.devbox.deadline_ms - self._clock.now_ms()) / 1000
-            if left <= 0:
-                await self._changes.happen(life, Event.DEADLINE_PASSED)
-            else:
+            if left > 0:
                 await self._clock.wait(life.changed, min(left, _CLOCK_LOOK_S))
+            elif life.snapshots:
+                await self._clock.wait(life.changed, _CLOCK_LOOK_S)
+            else:
+                await self._changes.happen(life, Event.DEADLINE_PASSED)
 
     # -- idle ----------------------------------------------------------------------------------------------------
 
@@ -160,17 +162,21 @@ class Supervisor:
     def _signs(self, life: Life, cpu_share: float) -> Signs:
         box = self._executions.box(life.devbox.id)
         if box is None:
-            return Signs(0, (), 0, cpu_share)
+            return Signs(0, (), 0, cpu_share, bool(life.snapshots))
         commands = sum(running.row.purpose != "entrypoint" for running in box.running.values())
         uses = tuple(sorted(kind for kind, number in box.uses.items() if number > 0))
-        return Signs(commands, uses, box.touched_ms, cpu_share)
+        return Signs(commands, uses, box.touched_ms, cpu_share, bool(life.snapshots))
 
     # -- asleep --------------------------------------------------------------------------------------------------
 
     async def _suspend(self, life: Life) -> None:
         """Run the hooks, then end all processes, or freeze them for a while; the disk stays."""
         devbox = life.devbox
+        await self._until_copied(life)
+        if life.devbox.status is not Status.SUSPENDING:
+            return
         if (box := self._executions.box(devbox.id)) is not None:
+            await self._find_again(life, box)
             await suspend_hooks(devbox, box, self._executions, self._looking)
             await self._executions.records.keep(box)
         if self._means.keep_memory_s > 0:
@@ -182,6 +188,24 @@ class Supervisor:
         if not life.frozen:
             await self._stop(life)
         await self._changes.happen(life, Event.SUSPENDED)
+
+    async def _until_copied(self, life: Life) -> None:
+        """Return when no snapshot is being taken: what is kept of a disk is kept before anybody touches it."""
+        while life.snapshots:
+            life.changed.clear()
+            await life.changed.wait()
+
+    async def _find_again(self, life: Life, box: Box) -> None:
+        """Reach the agent again where an earlier server was killed meanwhile, and hear what has ended since.
+
+        What fails is logged: the disk is kept all the same.
+        """
+        if box.attached or not (await self._engine.boxes()).get(box.id):
+            return
+        try:
+            await self._attach(life, box, asyncio.Event())
+        except BoxFailure as failure:
+            _log.warning("suspending without its agent", id=box.id, error=failure.text)
 
     async def _sleep(self, life: Life) -> None:
         """Until the devbox is resumed or ends. Frozen processes are ended when their time is over."""
@@ -204,9 +228,9 @@ class Supervisor:
         async with life.memory:
             if not life.frozen or life.devbox.status is not Status.SUSPENDED:
                 return False
-            await self._engine.thaw(life.devbox.id)
             await self._changes.apply(life, Event.THAWED, once=once)
             life.frozen = False
+            await self._engine.thaw(life.devbox.id)  # last: a server that dies before is followed by one that does it
             return True
 
     async def _stop(self, life: Life) -> None:
@@ -338,6 +362,7 @@ class Supervisor:
 
     async def _free(self, life: Life) -> None:
         """Give back what the devbox held on the machine, end its executions, remember that this is done."""
+        await self._until_copied(life)
         await self._repeat(life, self._engine.destroy, f"the devbox has ended ({life.devbox.status})")
         await asyncio.to_thread(self._executions.records.forget, life.devbox.id)
         await self._changes.note(life, disk_freed=True)

@@ -70,6 +70,11 @@ def limit(path: Path, most_bytes: int) -> None:
     _limit(path, _LIMIT_REFERENCED, most_bytes, 0)
 
 
+def unlimit(path: Path) -> None:
+    """Lift both bounds: a copy has those of its source. Raises OSError."""
+    _limit(path, _LIMIT_REFERENCED | _LIMIT_EXCLUSIVE, _NO_LIMIT, _NO_LIMIT)
+
+
 def hold(path: Path, held: bool) -> None:
     """Let no write into a subvolume succeed, whatever its limit, or let go of it again. Raises OSError.
 

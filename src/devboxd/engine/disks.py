@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from devboxd.engine import btrfs, manifest
 from devboxd.engine.base import EngineError
+from devboxd.engine.blocking import finished
 from devboxd.engine.pool import Pool
+from devboxd.engine.processes import piped
 
 _BOX, _SNAPSHOT = "dbx_", "snp_"
 _MAKING, _GOING, _STILL, _SPARE = ".new-", ".gone-", ".still-", ".spare-"
@@ -58,27 +60,31 @@ class Disks:
     def create(self, box_id: str, slot: int, files: Mapping[str, str], snapshot_id: str | None) -> Path:
         """A new disk for the box, empty or from a snapshot, with these files (paths below its root) of the box's root.
 
-        Raises EngineError when there is no such snapshot, and OSError.
+        Where copying takes its time, `fetch` comes before. Raises EngineError when there is no such snapshot, and
+        OSError; `remove` takes away what was begun then.
         """
-        making = self._folder / (_MAKING + box_id)
-        self._delete(making)
+        making = self._making(box_id)
         if snapshot_id is None:
+            self._delete(making)
             self._make(making)
             (making / "upper").mkdir()
             (making / "upper").chmod(0o755)
-        else:
-            source = self._folder / snapshot_id
-            if not source.exists():
-                raise EngineError(f"cannot find the snapshot {snapshot_id} on the disk; was it deleted?")
+        elif self._pool.copies:
+            self._delete(making)
             try:
                 self._spare(snapshot_id).rename(making)
             except FileNotFoundError:
-                self._copy(source, making, read_only=False)
+                self._branch(snapshot_id, making)
         (making / "work").mkdir(exist_ok=True)
         _write_own(making, slot, files)
         self._own = tuple(files)
         making.rename(self._folder / box_id)
         return self._folder / box_id
+
+    async def fetch(self, box_id: str, snapshot_id: str) -> None:
+        """Copy a snapshot for the disk of a box, where that takes its time. Raises as `create`."""
+        if not self._pool.copies:
+            await self._copy(self._source(snapshot_id), self._making(box_id))
 
     def spare(self, snapshot_id: str) -> None:
         """Have a copy of a snapshot ready for the next box, where the pool copies: it costs nothing but its making.
@@ -88,9 +94,9 @@ class Disks:
         source, spare = self._folder / snapshot_id, self._spare(snapshot_id)
         if not self._pool.copies or spare.exists() or not source.exists():
             return
-        making = self._folder / (_MAKING + snapshot_id)
+        making = self._making(snapshot_id)
         self._delete(making)
-        btrfs.snapshot(source, making, read_only=False)
+        self._branch(snapshot_id, making)
         _write_own(making, 0, dict.fromkeys(self._own, ""))  # what is shared no more is quick to write
         making.rename(spare)
         if not source.exists():
@@ -103,6 +109,15 @@ class Disks:
 
     def _spare(self, snapshot_id: str) -> Path:
         return self._folder / (_SPARE + snapshot_id)
+
+    def lift(self, box_id: str, most_bytes: int) -> None:
+        """Before it is mounted: have room for all that the disk may hold, and no bound, until `limit`. Raises OSError.
+
+        An overlay that cannot make its working folder stays read-only, however full the disk is, or held.
+        """
+        if self._pool.copies:
+            self._pool.promise(box_id, most_bytes)
+            btrfs.unlimit(self._folder / box_id)
 
     def limit(self, box_id: str, most_bytes: int) -> None:
         """Bound what the disk holds, as far as the pool can, with room for all of it. Raises OSError."""
@@ -128,13 +143,13 @@ class Disks:
         return None
 
     def snapshot(self, box_id: str, snapshot_id: str) -> None:
-        """Keep the disk as it is now. Where copying takes its time the box must be frozen. Raises OSError."""
-        if self._pool.copies:
-            btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
-            return
-        making = self._folder / (_MAKING + snapshot_id)
-        self._delete(making)
-        self._copy(self._folder / box_id, making, read_only=True)
+        """Keep the disk as it is now, in a pool that copies. Raises OSError."""
+        btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
+
+    async def copy(self, box_id: str, snapshot_id: str) -> None:
+        """Keep the disk of a box that stands still, in plain folders; it takes its time. Raises EngineError."""
+        making = self._making(snapshot_id)
+        await self._copy(self._folder / box_id, making)
         making.rename(self._folder / snapshot_id)
 
     @contextlib.contextmanager
@@ -170,7 +185,7 @@ class Disks:
 
     async def restore(self, name: str, archive: Path, size: int, slot: int | None) -> None:
         """Make the disk of a box, or a snapshot, out of an archive of what is in it. Raises EngineError and OSError."""
-        making = self._folder / (_MAKING + name)
+        making = self._making(name)
         self._delete(making)
         self._pool.promise(name, size)
         try:
@@ -203,11 +218,13 @@ class Disks:
         return {path.name for path in self._folder.iterdir() if path.name.startswith(_SNAPSHOT)}
 
     def remove(self, name: str) -> None:
-        """Delete a disk or snapshot; none is no error. Raises EngineError and OSError.
+        """Delete a disk, also one that is half made, or a snapshot; none is no error. Raises EngineError and OSError.
 
         A subvolume goes at once and whole, so it needs no other name: a pool without room refuses to rename.
         """
         self._pool.promise(name, 0)
+        if name.startswith(_BOX):
+            self._delete(self._making(name))
         if self._pool.copies and btrfs.is_subvolume(self._folder / name):
             btrfs.delete(self._folder / name)
             self.forget_spare(name)
@@ -223,15 +240,29 @@ class Disks:
         else:
             path.mkdir(mode=0o700)
 
-    def _copy(self, source: Path, target: Path, *, read_only: bool) -> None:
-        if self._pool.copies:
-            btrfs.snapshot(source, target, read_only=read_only)
-            return
-        command = ("cp", "--archive", "--reflink=auto", "--sparse=auto", "--", source, target)
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            self._delete(target)
-            raise EngineError(f"cannot copy the disk {source}: {_last_line(done.stderr)}; look at the room on it")
+    def _making(self, name: str) -> Path:
+        return self._folder / (_MAKING + name)
+
+    def _source(self, snapshot_id: str) -> Path:
+        source = self._folder / snapshot_id
+        if not source.exists():
+            raise EngineError(f"cannot find the snapshot {snapshot_id} on the disk; was it deleted?")
+        return source
+
+    def _branch(self, snapshot_id: str, target: Path) -> None:
+        """A copy that can be written, without the bounds that the disk had of which the snapshot was taken."""
+        btrfs.snapshot(self._source(snapshot_id), target, read_only=False)
+        btrfs.unlimit(target)
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        """File by file, by a process that ends with the caller, and with the server."""
+        await finished(partial(self._delete, target))
+        command = ("setpriv", "--pdeathsig=KILL", "cp", "--archive", "--reflink=auto", "--sparse=auto", "--")
+        try:
+            await piped((*command, str(source), str(target)), what=f"copy the disk {source}")
+        except EngineError:
+            await finished(partial(self._delete, target))
+            raise
 
     def _delete(self, path: Path) -> None:
         """However deep a box has nested its folders."""
@@ -240,10 +271,14 @@ class Disks:
         if self._pool.copies and btrfs.is_subvolume(path):
             btrfs.delete(path)
             return
-        command = ("rm", "-rf", "--one-file-system", "--", path)
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise EngineError(f"cannot delete the disk {path}: {_last_line(done.stderr)}; look at the disk's health")
+        _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    command = ("rm", "-rf", "--one-file-system", "--", path)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EngineError(f"cannot delete {path}: {_last_line(done.stderr)}; look at the disk's health")
 
 
 def _write_own(disk: Path, slot: int, files: Mapping[str, str]) -> None:
@@ -273,7 +308,7 @@ def _put(root: Path, name: str, text: str) -> None:
             opened.callback(os.close, at)
         with contextlib.suppress(FileNotFoundError):
             if os.path.isdir(f"/proc/self/fd/{at}/{last}") and not os.path.islink(f"/proc/self/fd/{at}/{last}"):
-                shutil.rmtree(last, dir_fd=at)
+                _remove_tree(Path(f"/proc/{os.getpid()}/fd/{at}/{last}"))
             else:
                 os.unlink(last, dir_fd=at)
         made = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -50,8 +50,6 @@ _log = structlog.get_logger(__name__)
 
 _START_SECONDS = 60
 _TEND_S = 1.0
-_MOUNTING = 16 << 20
-"""Room on a disk while it is mounted: an overlay that cannot make its working folder stays read-only."""
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
 echo 0 >/proc/self/oom_score_adj
@@ -105,6 +103,8 @@ class OciEngine:
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
         self._removals = asyncio.Semaphore(2)
+        self._fetches = asyncio.Semaphore(2)
+        self._still = asyncio.Lock()
         self._spares = Spares(self._disks)
         self._limits: dict[str, Resources] = {}
         """What was last set for each living box, as far as this server did it."""
@@ -177,6 +177,9 @@ class OciEngine:
             kept = self._disks.slot(spec.box_id)
             slot = await self._slots.take(kept)
             try:
+                if spec.snapshot_id is not None and not self.has_disk(spec.box_id):
+                    async with self._fetches:
+                        await self._disks.fetch(spec.box_id, spec.snapshot_id)
                 await _in_own_thread(lambda: self._make(spec, slot))
                 self._limits[spec.box_id] = spec.resources
                 if spec.snapshot_id is not None and kept is None:
@@ -240,15 +243,23 @@ class OciEngine:
 
     async def snapshot(self, box_id: str, snapshot_id: str) -> None:
         """In a moment where the pool can; else the box stands still while its disk is copied."""
-        frozen = not self._pool.copies and bool((record := self._record(box_id)) and record.lives())
         try:
-            if frozen:
-                await self._cgroups.freeze(box_id)
-            await finished(partial(self._disks.snapshot, box_id, snapshot_id))
+            if self._pool.copies:
+                await finished(partial(self._disks.snapshot, box_id, snapshot_id))
+            else:
+                async with self._still:  # one after the other: the next one of a box must not find it going on again
+                    await self._copy_still(box_id, snapshot_id)
         except OSError as error:
             raise EngineError(f"cannot keep the disk of {box_id}: {error}") from error
+
+    async def _copy_still(self, box_id: str, snapshot_id: str) -> None:
+        lives = (record := self._record(box_id)) is not None and record.lives()
+        try:
+            if lives:
+                await self._cgroups.freeze(box_id)
+            await self._disks.copy(box_id, snapshot_id)
         finally:
-            if frozen:
+            if lives:
                 self._cgroups.thaw(box_id)
 
     async def snapshot_digest(self, snapshot_id: str) -> str:
@@ -257,7 +268,8 @@ class OciEngine:
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Its room comes back a little later."""
-        await finished(partial(self._disks.remove, snapshot_id))
+        async with self._removals:
+            await finished(partial(self._disks.remove, snapshot_id))
 
     async def snapshots(self) -> set[str]:
         """By the folders in the pool."""
@@ -362,7 +374,7 @@ class OciEngine:
         disk = self._disks.path(spec.box_id)
         if not disk.exists():
             self._disks.create(spec.box_id, slot.index, files, spec.snapshot_id)
-        self._disks.limit(spec.box_id, spec.resources.disk_bytes + _MOUNTING)
+        self._disks.lift(spec.box_id, spec.resources.disk_bytes)
         self._cgroups.create(spec.box_id, spec.resources)
         (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
         with _listen(folder) as listener:

@@ -6,6 +6,7 @@ images are never copied or chowned. All mounts are made in a mount namespace of 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,8 @@ def assemble(place: Path, layers: Iterable[Path], disk: Path, user_namespace: in
     with linux.file_system_ids(uid):  # root of the host has no id on the idmapped disk, and the overlay writes there
         options = f"lowerdir={':'.join(lower)},upperdir=disk/upper,workdir=disk/work,{_PLAIN}"
         linux.mount("overlay", "root", "overlay", linux.MS_NODEV, options)
+    if os.statvfs("root").f_flag & os.ST_RDONLY:  # it could not make its working folder, and says so to nobody
+        raise OSError(errno.ENOSPC, f"cannot write to the disk {disk}: there is no room on it")
     os.chdir("/")
     return place / "root"
 

@@ -138,6 +138,11 @@ class Box:
         self._complaints.append(now)
         return True
 
+    @property
+    def attached(self) -> bool:
+        """Whether the agent is connected."""
+        return self._agent is not None and self._attached.is_set()
+
     async def disconnect(self) -> None:
         """Close the connection; the box goes on."""
         self._attached.clear()
@@ -145,7 +150,9 @@ class Box:
             await self._agent.close()
 
     async def end(self, why: str) -> None:
-        """Nothing runs here any more: whoever waits for the agent learns it."""
+        """Nothing runs here any more: whoever waits for the agent learns it, after what the agent told last."""
+        if self._agent is not None:
+            await self._agent.last_words()
         self.gone = why
         self._attached.set()
         if self._agent is not None:

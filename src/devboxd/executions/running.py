@@ -364,8 +364,6 @@ class Executions:
         self._tasks.start(self._exited(box, event), f"end of {event.key}")
 
     async def _exited(self, box: Box, event: ExitEvent) -> None:
-        if (agent := await box.reach()) is None:
-            return
         box.bashes.pop(event.key, None)
         if (running := box.running.get(event.key)) is not None:
             if event.shell_died and running.row.shell_name is not None:
@@ -373,6 +371,8 @@ class Executions:
             await self._complete(box, running, event.status, event=event)
         else:  # its end was stored by a server that died before it could say so
             self._journals.remove_spool(box.id, event.key)
+        if (agent := await box.reach()) is None:
+            return
         try:
             await agent.ack(event.key)
         except (AgentError, AgentClosedError) as error:

@@ -1,0 +1,63 @@
+"""Programs that work for the server: what they say is bounded, and none outlives who asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Sequence
+
+from devboxd.engine.base import EngineError
+
+_SAID = 4096
+
+
+async def piped(*commands: Sequence[str], what: str) -> bytes:
+    """Run programs, each of which reads what the one before writes; what the last one writes. Raises EngineError."""
+    running: list[Process] = []
+    above: int = DEVNULL
+    try:
+        try:
+            for number, command in enumerate(commands):
+                reading, writing = (DEVNULL, PIPE) if number == len(commands) - 1 else os.pipe()
+                try:
+                    running.append(
+                        await asyncio.create_subprocess_exec(*command, stdin=above, stdout=writing, stderr=PIPE)
+                    )
+                finally:
+                    _close(above, writing)
+                    above = reading
+        finally:
+            _close(above)
+        output = running[-1].stdout
+        found, *said = await asyncio.gather(output.read() if output else _nothing(), *map(_end_of, running))
+        await asyncio.gather(*(process.wait() for process in running))
+    except OSError as error:
+        raise EngineError(f"cannot {what}: {error}; {', '.join(c[0] for c in commands)} are needed") from error
+    finally:
+        for process in running:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    if any(process.returncode for process in running):
+        words = [line for text in said for line in text.decode(errors="replace").strip().splitlines()[-1:]]
+        raise EngineError(f"cannot {what}: {'; '.join(words) or 'no reason was given'}")
+    return found
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+async def _nothing() -> bytes:
+    return b""
+
+
+async def _end_of(process: Process) -> bytes:
+    """The end of what a process says: it quotes names that a box has chosen, as many as the box likes."""
+    end = b""
+    while process.stderr is not None and (more := await process.stderr.read(_SAID)):
+        end = (end + more)[-_SAID:]
+    return end
