@@ -194,12 +194,14 @@ def test_a_full_disk_under_the_pool_costs_no_devbox_its_disk(large: Disk) -> Non
             assert "quota exceeded" in api.run(box, "echo no room >more")["stderr"]
             assert api.output(box, "rm -f more && sha256sum <kept") == digest
             api.shutdown(other)
-            large.free()
-            _until_logged(server, "boxes can write")
-            assert api.output(box, "head -c 200M /dev/zero >more && sync && stat -c %s more") == f"{200 << 20}\n"
-            assert api.output(box, "sha256sum <kept") == digest
             api.call("POST", f"/v1/devboxes/{asleep}/resume")
             api.wait_box(asleep, "running")
+            assert "quota exceeded" in api.run(asleep, "echo no room >more")["stderr"]
+            large.free()
+            _until_logged(server, "boxes can write")
+            assert api.output(asleep, "echo room >more && cat more") == "room\n"
+            assert api.output(box, "head -c 200M /dev/zero >more && sync && stat -c %s more") == f"{200 << 20}\n"
+            assert api.output(box, "sha256sum <kept") == digest
             assert api.output(api.create(), "echo room >file && cat file") == "room\n"
     finally:
         server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -37,11 +38,28 @@ def test_a_full_disk_ends_writing_and_nothing_else(api: Api, server: Server) -> 
     api.wait_box(box, "running")
     snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")
     assert snapshot["size_bytes"] > 1 << 30
+    fork = api.create(launch_parameters=SMALLEST, snapshot_id=snapshot["id"])
+    assert "quota exceeded" in api.run(fork, "head -c 200M /dev/zero >/tmp/third; sync")["stderr"]
+    assert api.output(fork, "rm /tmp/large && echo again >/tmp/after && cat /tmp/after") == "again\n"
+    api.shutdown(fork)
     assert api.output(box, "rm /tmp/large /tmp/more && echo again >/tmp/after && cat /tmp/after") == "again\n"
     _says(api, box, "the disk has room again")
     api.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot['id']}/delete")
     for one in (box, neighbour):
         api.shutdown(one)
+
+
+def test_no_devbox_is_smaller_than_its_snapshot(api: Api, server: Server) -> None:
+    if not (server.state / "pool.btrfs").exists():
+        pytest.skip("this machine has no btrfs, and plain folders have no limit")
+    box = api.create()
+    api.run(box, "fallocate -l 2200M /tmp/large; sync")
+    snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+    body = {"launch_parameters": SMALLEST, "snapshot_id": snapshot}
+    text = api.refused("POST", "/v1/devboxes", 400, body)
+    assert re.search(r"it holds 2\d\d\d MiB, and the disk of the devbox would have 2048 MiB", text), text
+    body["launch_parameters"] = {**SMALLEST, "custom_disk_size": 4}
+    assert api.output(api.create(**body), "stat -c %s /tmp/large; echo x >/tmp/x; cat /tmp/x").endswith("\nx\n")
 
 
 def _says(api: Api, box: str, words: str) -> None:

@@ -57,6 +57,15 @@ def test_it_holds_the_disk_as_it_was_and_shares_nothing(api: Api, box: str) -> N
         api.shutdown(one)
 
 
+def test_names_of_its_own_stand_where_the_source_had_deep_folders(api: Api, box: str) -> None:
+    deep = "import os; os.unlink('/etc/hosts')\nfor name in ['/etc/hosts', *1500 * 'd']: os.mkdir(name), os.chdir(name)"
+    assert api.run(box, f'sudo python3 -c "{deep}"')["exit_status"] == 0
+    snapshot = take(api, box)["id"]
+    fork = api.create(snapshot_id=snapshot)
+    assert api.output(fork, "grep -c $(hostname) /etc/hosts") == "1\n"
+    api.shutdown(fork)
+
+
 def test_a_running_command_is_not_stopped_and_what_it_wrote_is_there(api: Api, box: str) -> None:
     execution = api.start(box, "for i in $(seq 400); do echo $i >>/tmp/counted; echo $i; sleep 0.005; done")
     with api.stream(box, execution) as events:

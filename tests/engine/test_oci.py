@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -13,12 +14,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from devboxd.engine import cgroups, oci
+from devboxd.engine import cgroups, disks, namespaces, oci
 from devboxd.engine.base import EngineError, Image, Resources
 from devboxd.errors import SetupError
 from support.engine import Host
@@ -292,6 +294,48 @@ async def test_a_missing_runtime_is_a_setup_error(host: Host) -> None:
     with pytest.raises(SetupError, match="cannot find the OCI runtime 'no-such-runtime'; install"):
         await other.open()
     other.instance.close()
+
+
+async def test_namespaces_that_are_made_when_a_create_is_cancelled_are_let_go(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = namespaces.Slots(host.instance, host.engine._network, 0)
+    await slots.open(set(range(10)))  # those that the engine may use
+    loop, begun, make = asyncio.get_running_loop(), asyncio.Event(), namespaces._make_namespaces
+
+    def making(first_uid: int) -> tuple[int, int]:
+        loop.call_soon_threadsafe(begun.set)
+        return make(first_uid)
+
+    def held() -> list[str]:
+        return sorted(target for target in descriptors("self").values() if target.startswith(("net:[", "user:[")))
+
+    while len(before := held()) < 2:  # those of the slot that the engine has ready
+        await asyncio.to_thread(time.sleep, 0.01)
+    monkeypatch.setattr(namespaces, "_make_namespaces", making)
+    taking = asyncio.create_task(slots.take())
+    await begun.wait()
+    taking.cancel()
+    await asyncio.wait({taking})
+    assert taking.cancelled()
+    assert held() == before
+    await slots.close()
+
+
+async def test_a_disk_that_cannot_be_made_leaves_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = await host.box()
+    await host.engine.snapshot(source.id, "snp_1")
+    whole = sorted(path.name for path in (host.instance.state / "disks").iterdir())
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "a disk that is broken")
+
+    monkeypatch.setattr(disks, "_put", refuse)
+    for snapshot in (None, "snp_1"):
+        with pytest.raises(EngineError, match="a disk that is broken"):
+            await host.engine.create(replace(host.spec(), snapshot_id=snapshot))
+    assert sorted(path.name for path in (host.instance.state / "disks").iterdir()) == whole
+    await host.engine.delete_snapshot("snp_1")
 
 
 async def test_cancelling_create_leaves_nothing(host: Host) -> None:

@@ -12,7 +12,6 @@ import os
 import subprocess
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -139,12 +138,15 @@ class Slots:
             raise
 
     async def _prepare(self, index: int) -> Slot:
-        user, net = await finished(partial(_make_namespaces, self._instance.uid_base(index)))
+        made: list[int] = []
+        """Filled by the thread: what it returned would be lost with a caller that is cancelled meanwhile."""
         try:
+            await finished(lambda: made.extend(_make_namespaces(self._instance.uid_base(index))))
+            user, net = made
             link = await self._network.attach(index, Path(f"/proc/{os.getpid()}/fd/{net}"))
         except BaseException:
-            os.close(user)
-            os.close(net)
+            for descriptor in made:
+                os.close(descriptor)
             await self._network.detach(index)
             raise
         return Slot(index, user, net, link)
