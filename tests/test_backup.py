@@ -97,6 +97,8 @@ def test_a_server_comes_back_with_all_that_it_kept(own_server: Server, place: Pa
             assert (
                 api.output(box, "test ! -e /etc/motd && test $(stat -c %b holes) -lt 1000 && echo sparse") == "sparse\n"
             )
+            own = "grep -c \"^$(hostname -I | cut -d' ' -f1)[[:space:]]$(hostname)$\" /etc/hosts"
+            assert api.output(box, own) == "1\n", "on another machine it has another address"
         lines = api.output(running, "seq 0 $(($(wc -l <lines) - 1)) | cmp - lines && echo whole")
         assert lines == "whole\n"
 

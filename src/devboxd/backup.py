@@ -55,12 +55,16 @@ Tell = Callable[[float, str], None]
 
 
 class Archive(msgspec.Struct, frozen=True):
-    """A file of the backup. `slot`: the number of the devbox on its machine, which decides its address."""
+    """A file of the backup. `slot`: the number of the devbox on its machine, which decides its address.
+
+    `given`: the files that the server wrote into the devbox for this machine.
+    """
 
     path: str
     sha256: str
     bytes: int
     slot: int | None = None
+    given: dict[str, str] = {}
 
     @property
     def name(self) -> str:
@@ -166,8 +170,8 @@ async def _keep(disks: Disks, source: Path, target: Path, path: str, contents: C
             raise
         contents.left_out[file.stem] = _why_left_out(source, error)
         return
-    slot = disks.slot(file.stem) if file.parent.name == "disks" else None
-    contents.archives.append(Archive(path, digest, file.stat().st_size, slot))
+    slot, given = (disks.slot(file.stem), disks.given(file.stem)) if file.parent.name == "disks" else (None, {})
+    contents.archives.append(Archive(path, digest, file.stat().st_size, slot, given))
 
 
 def _why_left_out(source: Path, error: EngineError) -> str:
@@ -243,7 +247,7 @@ async def _bring_back(disks: Disks, images: Images, source: Path, archive: Archi
     if file.parent.name == "images":
         await images.restore(archive.name, file)
     else:
-        await disks.restore(archive.name, file, archive.bytes, archive.slot)
+        await disks.restore(archive.name, file, archive.bytes, archive.slot, archive.given)
 
 
 def _contents(source: Path) -> Contents:

@@ -146,6 +146,33 @@ def test_the_disk_stays_and_processes_end(api: Api) -> None:
     api.shutdown(box)
 
 
+def test_a_resume_on_another_network_tells_the_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its resolvers and its own name are written anew, unless somebody in it wrote them differently."""
+    server = Server(dns_servers="192.0.2.53")
+    try:
+        with server.start().api() as api:
+            box, own = api.create(), api.create()
+            assert api.output(box, "cat /etc/resolv.conf").startswith("nameserver 192.0.2.53\n")
+            api.run(own, "echo nameserver 198.51.100.1 | sudo tee /etc/resolv.conf")
+            api.run(own, "sudo mkdir -p /tmp/etc; sudo mv /etc/hosts /tmp/etc/; sudo ln -s /tmp/etc/hosts /etc/hosts")
+            for one in (box, own):
+                suspend(api, one)
+            server.terminate()
+            monkeypatch.setenv("DEVBOXD_DNS_SERVERS", "192.0.2.54")
+            server.settings.pop("DEVBOXD_DNS_SERVERS")
+            server.start()
+            for _ in range(2):
+                for one in (box, own):
+                    resume(api, one)
+                assert api.output(box, "cat /etc/resolv.conf").startswith("nameserver 192.0.2.54\n")
+                assert api.output(own, "cat /etc/resolv.conf") == "nameserver 198.51.100.1\n"
+                assert api.output(own, "readlink /etc/hosts") == "/tmp/etc/hosts\n"
+                for one in (box, own):
+                    suspend(api, one)
+    finally:
+        server.stop()
+
+
 def test_hooks_run_before_and_their_failures_stop_nothing(api: Api) -> None:
     hooks = {"suspend_commands": ["exit 3", "echo hooked >~/hooked; id -un >>~/hooked"]}
     box = api.create(launch_parameters={"lifecycle": {"lifecycle_hooks": hooks}})

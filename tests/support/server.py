@@ -34,7 +34,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = ""
-        self._settings = {f"DEVBOXD_{name.upper()}": value for name, value in settings.items()}
+        self.settings = {f"DEVBOXD_{name.upper()}": value for name, value in settings.items()}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -64,7 +64,7 @@ class Server:
 
     def environment(self) -> dict[str, str]:
         """The environment of every devboxd process of this server."""
-        return {**os.environ, "DEVBOXD_POOL_SIZE": "2", "DEVBOXD_WARM_BOXES": "0", **self._settings}
+        return {**os.environ, "DEVBOXD_POOL_SIZE": "2", "DEVBOXD_WARM_BOXES": "0", **self.settings}
 
     def command(self, *arguments: str) -> str:
         """Run `devboxd ...`; its standard output."""

@@ -1,6 +1,7 @@
 """The disks of boxes: the writable layer of each, and snapshots of them, side by side in the pool.
 
-    <pool>/dbx_...   upper (what the box sees over its image), work (the overlay's own), slot (of the box)
+    <pool>/dbx_...   upper (what the box sees over its image), work (the overlay's own), slot (of the box), given (files
+                     in upper that are the server's, as it wrote them)
     <pool>/snp_...   the same at one instant; nothing writes it
 
 Under its name a disk is whole or not there: it is made under another one, and so are folders removed. What is in
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import stat
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -23,6 +26,7 @@ from devboxd.engine.blocking import finished
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import piped
 
+_GIVEN = "given"
 _BOX, _SNAPSHOT = "dbx_", "snp_"
 _MAKING, _GOING, _STILL, _SPARE = ".new-", ".gone-", ".still-", ".spare-"
 
@@ -80,6 +84,18 @@ class Disks:
         self._own = tuple(files)
         making.rename(self._folder / box_id)
         return self._folder / box_id
+
+    def refresh(self, box_id: str, files: Mapping[str, str]) -> None:
+        """Write files of a disk that was kept anew, but for those that are not as the server wrote them.
+
+        Raises EngineError and OSError.
+        """
+        disk = self._folder / box_id
+        before = self.given(box_id)
+        changed = {name: text for name, text in files.items() if text != before.get(name, text)}
+        mine = {name: text for name, text in changed.items() if _holds(disk / "upper", name, before[name])}
+        if mine:
+            _give(disk, mine, before)
 
     async def fetch(self, box_id: str, snapshot_id: str) -> None:
         """Copy a snapshot for the disk of a box, where that takes its time. Raises as `create`."""
@@ -183,7 +199,7 @@ class Disks:
         for path in self._folder.glob(_STILL + "*"):
             btrfs.delete(path)
 
-    async def restore(self, name: str, archive: Path, size: int, slot: int | None) -> None:
+    async def restore(self, name: str, archive: Path, size: int, slot: int | None, given: Mapping[str, str]) -> None:
         """Make the disk of a box, or a snapshot, out of an archive of what is in it. Raises EngineError and OSError."""
         making = self._making(name)
         self._delete(making)
@@ -194,6 +210,7 @@ class Disks:
             (making / "work").mkdir()
             if slot is not None:
                 (making / "slot").write_text(f"{slot}\n")
+            (making / _GIVEN).write_text(json.dumps(given))
             await manifest.extract(archive, making / "upper")
             if self._pool.copies and name.startswith(_SNAPSHOT):
                 btrfs.snapshot(making, self._folder / name, read_only=True)
@@ -201,6 +218,13 @@ class Disks:
                 making.rename(self._folder / name)
         finally:
             self._delete(making)
+
+    def given(self, box_id: str) -> dict[str, str]:
+        """The files that the server wrote last into the box of a disk; none where an older server made it."""
+        try:
+            return dict(json.loads((self._folder / box_id / _GIVEN).read_text()))
+        except (OSError, ValueError):
+            return {}
 
     def slot(self, box_id: str) -> int | None:
         """The slot that the box of a disk had."""
@@ -284,8 +308,14 @@ def _remove_tree(path: Path) -> None:
 def _write_own(disk: Path, slot: int, files: Mapping[str, str]) -> None:
     """What differs from box to box."""
     _put(disk, "slot", f"{slot}\n")
+    _give(disk, files)
+
+
+def _give(disk: Path, files: Mapping[str, str], before: Mapping[str, str] | None = None) -> None:
+    """Write files of the server's into the root of a box, and down that it did."""
     for name, text in files.items():
         _put(disk / "upper", name, text)
+    _put(disk, _GIVEN, json.dumps({**(before or {}), **files}))
 
 
 def _put(root: Path, name: str, text: str) -> None:
@@ -293,19 +323,10 @@ def _put(root: Path, name: str, text: str) -> None:
 
     Folders that are missing are made. Where the box has put something else in the place of a folder, nothing happens.
     """
-    *folders, last = name.split("/")
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.ExitStack() as opened:
-        at = os.open(root, flags)
-        opened.callback(os.close, at)
-        for folder in folders:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, 0o755, dir_fd=at)
-            try:
-                at = os.open(folder, flags, dir_fd=at)
-            except OSError:
-                return
-            opened.callback(os.close, at)
+        at, last = _folder_of(opened, root, name)
+        if at is None:
+            return
         with contextlib.suppress(FileNotFoundError):
             if os.path.isdir(f"/proc/self/fd/{at}/{last}") and not os.path.islink(f"/proc/self/fd/{at}/{last}"):
                 _remove_tree(Path(f"/proc/{os.getpid()}/fd/{at}/{last}"))
@@ -318,6 +339,41 @@ def _put(root: Path, name: str, text: str) -> None:
             os.write(file, text.encode())
         finally:
             os.close(file)
+
+
+def _holds(root: Path, name: str, text: str) -> bool:
+    """Whether a plain file below `root` has just this text."""
+    content = text.encode()
+    with contextlib.ExitStack() as opened:
+        at, last = _folder_of(opened, root, name)
+        if at is None:
+            return False
+        try:
+            file = os.open(last, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+        except OSError:
+            return False
+        opened.callback(os.close, file)
+        return stat.S_ISREG(os.fstat(file).st_mode) and os.read(file, len(content) + 1) == content
+
+
+def _folder_of(opened: contextlib.ExitStack, root: Path, name: str) -> tuple[int | None, str]:
+    """The opened folder in which a path below `root` ends, and the last name; folders that are missing are made.
+
+    None where the box has put something else in the place of a folder.
+    """
+    *folders, last = name.split("/")
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    at = os.open(root, flags)
+    opened.callback(os.close, at)
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o755, dir_fd=at)
+        try:
+            at = os.open(folder, flags, dir_fd=at)
+        except OSError:
+            return None, last
+        opened.callback(os.close, at)
+    return at, last
 
 
 def _last_line(text: str) -> str:

@@ -372,9 +372,12 @@ class OciEngine:
             "etc/resolv.conf": self._network.resolv_conf(link),
         }
         disk = self._disks.path(spec.box_id)
-        if not disk.exists():
+        kept = disk.exists()
+        if not kept:
             self._disks.create(spec.box_id, slot.index, files, spec.snapshot_id)
         self._disks.lift(spec.box_id, spec.resources.disk_bytes)
+        if kept:
+            self._disks.refresh(spec.box_id, files)
         self._cgroups.create(spec.box_id, spec.resources)
         (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
         with _listen(folder) as listener:
