@@ -38,6 +38,8 @@ _MARGIN = 8 * _GIB
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
 _AUTOCLEAR, _DIRECT_IO = 4, 16
 _TRIES = 16
+_NODE = max(4096, os.sysconf("SC_PAGE_SIZE"))
+"""Bytes of a block of names: counting what copies share takes as long as a block has entries, times the copies."""
 
 
 class Pool:
@@ -201,7 +203,8 @@ class Pool:
         with temporary.open("wb") as file:
             os.fchmod(file.fileno(), 0o600)
             file.truncate(size)
-        done = subprocess.run([mkfs, "--quiet", "--force", temporary], capture_output=True, text=True, check=False)
+        command = (mkfs, "--quiet", "--force", f"--nodesize={_NODE}", temporary)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             temporary.unlink()
             raise SetupError(f"cannot make the pool of disks {self.file}: {done.stderr.strip()[-500:]}")
