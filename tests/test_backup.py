@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.api import Api
+from support.disk import small_disk
 from support.server import PROGRAM, Server
 
 pytestmark = pytest.mark.box
@@ -165,6 +166,33 @@ def test_a_restore_that_is_cut_is_taken_by_no_server_and_begins_again(
     restored.start()
     with restored.api() as api:
         assert api.wait_box(box, "suspended")
+
+
+def test_a_cut_restore_onto_btrfs_begins_again(own_server: Server, place: Path, restored: Server) -> None:
+    """What lies there cannot just be emptied."""
+    with own_server.api() as api:
+        box = api.create()
+        api.write(box, "/home/user/kept", "bytes")
+        snapshots = [api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"] for _ in range(2)]
+        devboxd(own_server, "backup", place, "--state", own_server.state)
+    *_, last = json.loads((place / "backup.json").read_text())["archives"]
+    archive = place / last["path"]
+    archive.rename(place / "whole")
+    os.mkfifo(archive)
+    with small_disk(1024, ("mkfs.btrfs", "-q")) as disk:
+        restored.state = disk.folder / "state"
+        command = [PROGRAM, "restore", place, "--state", restored.state]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as cut, archive.open("wb"):  # opened when it is read
+            cut.kill()
+        assert any((restored.state / "disks").glob("snp_*"))
+        archive.unlink()
+        (place / "whole").rename(archive)
+        devboxd(restored, "restore", place, "--state", restored.state)
+        restored.start()
+        with restored.api() as api:
+            fork = api.create(snapshot_id=snapshots[0])
+            assert api.read(fork, "/home/user/kept") == "bytes"
+        restored.stop()
 
 
 def test_what_opens_other_things_is_kept_apart(own_server: Server, place: Path, restored: Server) -> None:

@@ -31,7 +31,7 @@ from devboxd.devboxes import store as devbox_store
 from devboxd.devboxes.snapshot_store import ERROR
 from devboxd.devboxes.states import TERMINAL, Status
 from devboxd.devboxes.store import Devbox
-from devboxd.engine import manifest
+from devboxd.engine import btrfs, manifest
 from devboxd.engine.base import EngineError
 from devboxd.engine.disks import Disks
 from devboxd.engine.images import Images
@@ -270,6 +270,9 @@ def _clear(state: Path, pool: Pool) -> None:
     """Remove what a cut restore left."""
     if pool.mounted:
         pool.close()
+    if pool.folder.is_dir() and btrfs.holds(pool.folder):
+        for path in filter(btrfs.is_subvolume, pool.folder.iterdir()):
+            btrfs.delete(path)  # that of a snapshot cannot be emptied
     for path in state.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -62,6 +62,15 @@ def test_no_devbox_is_smaller_than_its_snapshot(api: Api, server: Server) -> Non
     assert api.output(api.create(**body), "stat -c %s /tmp/large; echo x >/tmp/x; cat /tmp/x").endswith("\nx\n")
 
 
+def test_a_launch_command_that_fills_the_disk_says_so(api: Api, server: Server) -> None:
+    if not (server.state / "pool.btrfs").exists():
+        pytest.skip("this machine has no btrfs, and plain folders have no limit")
+    launch = {**SMALLEST, "launch_commands": ["head -c 3G /dev/zero >/tmp/large"]}
+    view = api.wait_box(api.call("POST", "/v1/devboxes", {"launch_parameters": launch})["id"], "failure")
+    assert view["failure_reason"] == "out_of_disk"
+    assert "launch command 1 of 1" in view["state_transitions"][-1]["failure_reason"]
+
+
 def _says(api: Api, box: str, words: str) -> None:
     """Wait until the log of the devbox has these words; disks are counted a little late."""
     deadline = time.monotonic() + 60

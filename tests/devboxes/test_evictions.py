@@ -16,14 +16,15 @@ PATH = "/v1/devboxes/evictions/watch"
 EVENTS = {"accept": "text/event-stream"}
 
 
-def test_only_who_accepts_a_stream_gets_one(api: Api) -> None:
-    answer = api.http.get(PATH)
+def test_who_accepts_neither_a_stream_nor_json_gets_nothing(api: Api) -> None:
+    answer = api.http.get(PATH, headers={"accept": "text/plain"})
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-type"].startswith("text/plain")
     assert api.http.get(PATH, headers={"authorization": "", **EVENTS}).status_code == 401
-    with api.http.stream("GET", PATH, headers=EVENTS) as stream:
-        assert stream.headers["content-type"].startswith("text/event-stream")
-        assert next(stream.iter_bytes()).startswith(b":"), "a comment keeps the connection awake"
+    for accepted in ("text/event-stream", "Application/JSON", "*/*", ""):
+        with api.http.stream("GET", PATH, headers={"accept": accepted}) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            assert next(stream.iter_bytes()).startswith(b":"), "a comment keeps the connection awake"
 
 
 def test_the_stream_lasts_until_the_server_stops(own_server: Server) -> None:
@@ -49,7 +50,7 @@ def test_the_stream_lasts_until_the_server_stops(own_server: Server) -> None:
 
 def test_the_published_client_watches(server: Server) -> None:
     client = Runloop(base_url=server.url, bearer_token=server.key, max_retries=0)
-    with client.devboxes.watch_evictions(extra_headers={"Accept": "text/event-stream"}) as stream:
-        assert stream.response.headers["content-type"].startswith("text/event-stream")
-    with client.devboxes.watch_evictions() as stream:  # by itself it accepts JSON alone, and gets what is said of that
-        assert list(stream) == []
+    for headers in ({"Accept": "text/event-stream"}, {}):  # by itself it says that it accepts JSON alone
+        with client.devboxes.watch_evictions(extra_headers=headers) as stream:
+            assert stream.response.headers["content-type"].startswith("text/event-stream")
+            assert next(stream.response.iter_bytes()).startswith(b":")

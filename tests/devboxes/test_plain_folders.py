@@ -162,13 +162,15 @@ def test_a_suspend_waits_and_its_hooks_run_after(plain: Server, gate: Gate) -> N
 def test_a_shutdown_by_force_loses_no_snapshot(plain: Server, gate: Gate) -> None:
     with plain.api() as api:
         box = api.create()
-        api.run(box, "echo kept >/tmp/t")
+        api.run(box, "echo kept >/tmp/t; head -c 5M /dev/urandom >/tmp/five")
         snapshot = take(api, box)
         gate.next()
         assert "force=true" in api.refused("POST", f"/v1/devboxes/{box}/shutdown", 409)
         assert api.call("POST", f"/v1/devboxes/{box}/shutdown", params={"force": "true"})["status"] == "shutdown"
         gate.open()
-        assert settled(api, snapshot)["status"] == "complete"
+        view = settled(api, snapshot)
+        assert view["status"] == "complete"
+        assert 5 << 20 <= view["snapshot"]["size_bytes"] < 6 << 20
         fork = api.create(snapshot_id=snapshot)
         assert api.output(fork, "cat /tmp/t") == "kept\n"
         api.shutdown(fork)

@@ -95,15 +95,22 @@ def test_records_of_all_shells_together_are_bounded(api: Api, server: Server) ->
     """What is too much is not kept, and what comes after it and fits is."""
     box = api.create()
     fill = "rm -f $1/[01] && { echo '# 9'; head -c $2 /dev/zero | tr '\\0' '#'; echo; echo '#end'; } >$1/0"
-    sizes = [4_000_000] * 5 + [100_000]
-    for number, size in enumerate(sizes):
-        api.run(box, "true", shell_name=f"s{number}")
-        folder = f"/run/devboxd/s/{shell_key(f's{number}')}"
-        assert api.run(box, f"bash -c {shlex.quote(fill)} - {folder} {size}")["exit_status"] == 0
+
+    def fill_all(sizes: list[int]) -> None:
+        for number, size in enumerate(sizes):
+            api.run(box, "true", shell_name=f"s{number}")
+            folder = f"/run/devboxd/s/{shell_key(f's{number}')}"
+            assert api.run(box, f"bash -c {shlex.quote(fill)} - {folder} {size}")["exit_status"] == 0
+
+    fill_all([4_000_000] * 5 + [100_000])
     suspend(api, box)
     kept = sorted(path.stat().st_size for path in (server.state / "shells" / box).iterdir())
     assert [size // 100_000 for size in kept] == [1, 40, 40, 40, 40]
     assert "the state of a named shell is not kept" in server.tail()
+    resume(api, box)
+    fill_all([4_000_000] * 6)
+    suspend(api, box)
+    assert len(list((server.state / "shells" / box).iterdir())) == 4, "an older one is not kept in place of a newer"
     api.shutdown(box)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Disk:
-    """A mounted ext4 file system of so many megabytes, of which only what is written takes memory."""
+    """A mounted file system of so many megabytes, of which only what is written takes memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,8 +38,8 @@ class Disk:
 
 
 @contextlib.contextmanager
-def small_disk(megabytes: int) -> Iterator[Disk]:
-    """Such a disk, in memory; unmounted and removed after the block."""
+def small_disk(megabytes: int, make: tuple[str, ...] = ("mkfs.ext4", "-q", "-m", "0")) -> Iterator[Disk]:
+    """Such a disk, in memory; unmounted and removed after the block. `make`: the program that makes its file system."""
     with (
         tempfile.TemporaryDirectory(prefix="devboxd-disk-", dir="/dev/shm") as shared,
         tempfile.TemporaryDirectory(prefix="devboxd-disk-", dir="/var/tmp") as name,
@@ -48,7 +48,7 @@ def small_disk(megabytes: int) -> Iterator[Disk]:
         folder.mkdir()
         with image.open("wb") as file:
             file.truncate(megabytes << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+        subprocess.run([*make, image], check=True)
         subprocess.run(["mount", "-o", "loop", image, folder], check=True)
         try:
             yield Disk(folder)

@@ -25,9 +25,10 @@ async def watch_evictions(
 ) -> Annotated[Response, "text/event-stream", "text/plain", EvictionView, 429]:
     """A stream of events without any: no devbox is ever evicted here. It lasts until the server stops.
 
-    Only a request that accepts text/event-stream gets it; others get an empty text.
+    Published clients ask for it as text/event-stream or as application/json; who accepts neither gets an empty text.
     """
-    if "text/event-stream" not in call.request.headers.get("accept", ""):
+    accepted = (call.request.headers.get("accept") or "*/*").lower()
+    if not any(kind in accepted for kind in ("text/event-stream", "application/json", "*/*")):
         return Response(media_type="text/plain")
     return events(_none(closing), places)
 

@@ -20,13 +20,13 @@ from devboxd.clock import now_ms
 from devboxd.devboxes.states import LIVE
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import GIB, resources
-from devboxd.engine.base import Engine, Resources
+from devboxd.engine.base import FULL, Engine, Resources
 
 _log = structlog.get_logger()
 MOST = 200
 """How many incidents of a devbox are kept, the newest."""
-_FULL, _ROOM = 0.98, 0.9
-"""The shares of its limit at which a disk is called full, and no longer so. It is counted a little late."""
+_ROOM = 0.9
+"""The share of its limit at which a disk that was full has room again. It is counted a little late."""
 
 
 class Incident(msgspec.Struct, frozen=True):
@@ -78,7 +78,7 @@ class Incidents:
             seen = _remembered(self.of(devbox.id), devbox.boots)
         size = resources(devbox.launch_parameters)
         used = self._engine.disk_used(devbox.id) or 0
-        full = used >= (_ROOM if seen.full else _FULL) * size.disk_bytes
+        full = used >= (_ROOM if seen.full else FULL) * size.disk_bytes
         held = self._engine.disks_held
         now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full or held)
         fresh = news(seen, now, size, used, held)

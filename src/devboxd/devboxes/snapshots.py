@@ -207,7 +207,12 @@ class Snapshots:
             del self._taking[snapshot.id]
 
     async def _finish(self, snapshot: Snapshot, error: str | None) -> None:
-        size = None if error else await asyncio.to_thread(self._engine.disk_used, snapshot.id)
+        size = None
+        if error is None:
+            try:
+                size = await self._engine.snapshot_size(snapshot.id)
+            except EngineError as unknown:
+                _log.warning("the size of a snapshot is not known", id=snapshot.id, error=str(unknown))
         status = ERROR if error else COMPLETE
         change = partial(rows.change, snapshot=snapshot, status=status, error=error, size_bytes=size)
         while True:

@@ -260,11 +260,16 @@ class Supervisor:
         except BoxFailure as failure:
             await self._fail(life, failure)
         except PreparationError as error:
-            oom = error.killed and self._engine.oom_kills(life.devbox.id) > 0
-            await self._fail(life, BoxFailure("out_of_memory" if oom else "execution_failed", str(error)))
+            await self._fail(life, BoxFailure(await self._lack(life.devbox.id, error), str(error)))
         except Exception as error:
             _log.error("a devbox failed", id=life.devbox.id, exc_info=error)
             await self._fail(life, BoxFailure("health_check_failed", str(error)))
+
+    async def _lack(self, box_id: str, error: PreparationError) -> str:
+        """What a step before `running` failed for, by its name on the wire."""
+        if error.killed and self._engine.oom_kills(box_id) > 0:
+            return "out_of_memory"
+        return "out_of_disk" if await self._engine.disk_full(box_id) else "execution_failed"
 
     async def _fail(self, life: Life, failure: BoxFailure) -> None:
         """A devbox that cannot be resumed goes back to sleep: its disk is worth more than its processes."""

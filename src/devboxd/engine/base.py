@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+FULL = 0.98
+"""The share of its limit at which a disk is called full: writes are refused before the last byte is taken."""
+
 
 @dataclass(frozen=True)
 class Image:
@@ -105,6 +108,9 @@ class Engine(Protocol):
     async def snapshot(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk of a box as it is at this instant. Raises EngineError."""
 
+    async def snapshot_size(self, snapshot_id: str) -> int:
+        """Bytes that it holds over its image; may take a while. Raises EngineError."""
+
     async def snapshot_digest(self, snapshot_id: str) -> str:
         """SHA-256 over all that it holds, in hexadecimal; may take long. Raises EngineError."""
 
@@ -119,6 +125,9 @@ class Engine(Protocol):
 
     def disk_used(self, name: str) -> int | None:
         """Bytes on the disk of a box, or in a snapshot, over its image; None where that is not known."""
+
+    async def disk_full(self, box_id: str) -> bool:
+        """Whether the box can write nothing more to its disk; may take as long as writing what it wrote last."""
 
     def cpu_seconds(self, box_id: str) -> float:
         """Processor time that the box has used so far; 0 for unknown boxes."""

@@ -24,6 +24,7 @@ _RESIZE = _WRITE | _PLAIN_ARGS.size << 16 | _TYPE | 3
 _QUOTA_CTL = _READ_WRITE | 16 << 16 | _TYPE | 40
 _QUOTA_RESCAN_WAIT = _TYPE | 46
 _QGROUP_LIMIT = 2 << 30 | 48 << 16 | _TYPE | 43
+_SYNC = _TYPE | 8
 _INO_LOOKUP = _READ_WRITE | 4096 << 16 | _TYPE | 18
 _QUOTA_ENABLE, _LIMIT_REFERENCED, _LIMIT_EXCLUSIVE, _READ_ONLY = 1, 1, 2, 2
 _NO_LIMIT = (1 << 64) - 1
@@ -88,6 +89,12 @@ def _limit(path: Path, which: int, referenced: int, exclusive: int) -> None:
     with _opened(path) as descriptor, _opened(path.parent) as parent:
         packed = struct.pack("=6Q", _subvolume_id(descriptor), which, referenced, exclusive, 0, 0)
         fcntl.ioctl(parent, _QGROUP_LIMIT, bytearray(packed))
+
+
+def settle(path: Path) -> None:
+    """Return when all that was written so far is counted, which takes as long as writing it. Raises OSError."""
+    with _opened(path) as descriptor:
+        fcntl.ioctl(descriptor, _SYNC)
 
 
 def referenced(path: Path) -> int:

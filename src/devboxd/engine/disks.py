@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from devboxd.engine import btrfs, manifest
-from devboxd.engine.base import EngineError
+from devboxd.engine.base import FULL, EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import piped
@@ -157,6 +157,22 @@ class Disks:
         with contextlib.suppress(OSError):
             return btrfs.referenced(self._folder / name)
         return None
+
+    async def size(self, name: str) -> int:
+        """Bytes of a snapshot, over its image, however long counting takes. Raises EngineError and OSError."""
+        disk = self._folder / name
+        if self._pool.copies:
+            return await finished(partial(btrfs.referenced, disk))
+        command = ("du", "--summarize", "--block-size=1", "--", str(disk / "upper"))
+        return int((await piped(command, what=f"measure {disk}")).split()[0])
+
+    def full(self, box_id: str) -> bool:
+        """Whether a disk has no room left; waits until what was written is counted. Raises OSError."""
+        if not self._pool.copies:
+            return False
+        disk = self._folder / box_id
+        btrfs.settle(disk)
+        return btrfs.referenced(disk) >= FULL * btrfs.limited(disk) > 0
 
     def snapshot(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk as it is now, in a pool that copies. Raises OSError."""

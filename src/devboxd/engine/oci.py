@@ -262,6 +262,13 @@ class OciEngine:
             if lives:
                 self._cgroups.thaw(box_id)
 
+    async def snapshot_size(self, snapshot_id: str) -> int:
+        """By the pool's counts, or by reading all names."""
+        try:
+            return await self._disks.size(snapshot_id)
+        except OSError as error:
+            raise EngineError(f"cannot measure {snapshot_id}: {error}") from error
+
     async def snapshot_digest(self, snapshot_id: str) -> str:
         """Of what a box sees over its image."""
         return await manifest.digest(self._disks.path(snapshot_id) / "upper")
@@ -282,6 +289,13 @@ class OciEngine:
     def disk_used(self, name: str) -> int | None:
         """As of some seconds ago."""
         return self._disks.used(name)
+
+    async def disk_full(self, box_id: str) -> bool:
+        """Only a pool that copies has limits."""
+        try:
+            return await finished(partial(self._disks.full, box_id))
+        except OSError:
+            return False
 
     def cpu_seconds(self, box_id: str) -> float:
         """From its cgroup."""

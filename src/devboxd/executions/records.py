@@ -50,6 +50,7 @@ class Records:
                     newest = max(found, key=_number)
                     if len(newest) > left:
                         _log.warning("the state of a named shell is not kept: all have 16 MiB", id=box.id, shell=key)
+                        self._path(box.id, key).unlink(missing_ok=True)  # an older one would be a wrong one
                     elif _number(newest):
                         left -= len(newest)
                         await finished(partial(self._write, box.id, key, newest))
@@ -59,7 +60,7 @@ class Records:
     def find(self, devbox_id: str, key: str) -> bytes:
         """The record of a shell; empty when none was kept."""
         with contextlib.suppress(FileNotFoundError):
-            return (self._folder / devbox_id / key).read_bytes()
+            return self._path(devbox_id, key).read_bytes()
         return b""
 
     def forget(self, devbox_id: str) -> None:
@@ -67,12 +68,15 @@ class Records:
         shutil.rmtree(self._folder / devbox_id, ignore_errors=True)
 
     def _write(self, devbox_id: str, key: str, record: bytes) -> None:
-        folder = self._folder / devbox_id
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = folder / f"{key}.new"
+        path = self._path(devbox_id, key)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(record)
-        temporary.rename(folder / key)
+        temporary.rename(path)
+
+    def _path(self, devbox_id: str, key: str) -> Path:
+        return self._folder / devbox_id / key
 
 
 def _number(record: bytes) -> int:
