@@ -1,4 +1,4 @@
-"""Builds the agent `devboxd-init`: as a hook of hatchling, or in place by `python hatch_build.py`.
+"""Builds the agent `devboxd-init` and `devboxd-pulse`: as a hook of hatchling, or in place by `python hatch_build.py`.
 
 The binaries land in src/devboxd/agent/bin, static, one for each architecture; ziglang compiles them, so that nobody
 needs a compiler. With CC set that compiler is used, for this machine's architecture alone.
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.resolve()
-SOURCES = ROOT / "agent"
+PROGRAMS = {"devboxd-init": ROOT / "agent", "devboxd-pulse": ROOT / "pulse"}
+"""The folder with the sources of each."""
 BINARIES = ROOT / "src" / "devboxd" / "agent" / "bin"
 ARCHITECTURES = ("x86_64", "aarch64")
 FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror")
@@ -64,7 +65,7 @@ def zig_environment() -> Iterator[dict[str, str]]:
         yield {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
 
 
-def compile_agent(command: list[str], files: list[Path], target: Path) -> None:
+def compile_program(command: list[str], files: list[Path], target: Path) -> None:
     """Compile to a temporary name and rename, for the old binary may be running."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     arguments = [*command, *FLAGS, "-o", str(temporary), *(str(f) for f in files if f.suffix == ".c")]
@@ -72,7 +73,7 @@ def compile_agent(command: list[str], files: list[Path], target: Path) -> None:
         with zig_environment() as environment:
             result = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise SystemExit(f"cannot build the agent: {shlex.join(arguments)} failed\n{result.stderr}")
+            raise SystemExit(f"cannot build {target.name}: {shlex.join(arguments)} failed\n{result.stderr}")
         temporary.chmod(0o755)
         temporary.replace(target)
     finally:
@@ -81,17 +82,18 @@ def compile_agent(command: list[str], files: list[Path], target: Path) -> None:
 
 def build() -> list[Path]:
     """Build what is not up to date and return all binaries."""
-    files = sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
     BINARIES.mkdir(parents=True, exist_ok=True)
     built = []
-    for architecture, command in compilers().items():
-        target = BINARIES / f"devboxd-init-{architecture}"
-        stamp = BINARIES / f".{target.name}.stamp"
-        wanted = fingerprint(command, files)
-        if not target.is_file() or not stamp.is_file() or stamp.read_text() != wanted:
-            compile_agent(command, files, target)
-            stamp.write_text(wanted)
-        built.append(target)
+    for program, sources in PROGRAMS.items():
+        files = sorted([*sources.glob("*.c"), *sources.glob("*.h")])
+        for architecture, command in compilers().items():
+            target = BINARIES / f"{program}-{architecture}"
+            stamp = BINARIES / f".{target.name}.stamp"
+            wanted = fingerprint(command, files)
+            if not target.is_file() or not stamp.is_file() or stamp.read_text() != wanted:
+                compile_program(command, files, target)
+                stamp.write_text(wanted)
+            built.append(target)
     return built
 
 
@@ -102,7 +104,7 @@ except ModuleNotFoundError:  # called as a script, where hatchling need not be i
 else:
 
     class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-        """Builds the agent before a wheel, editable ones included, and puts it into the wheel."""
+        """Builds the programs before a wheel, editable ones included, and puts them into the wheel."""
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             """Called by hatchling before the wheel is packed."""

@@ -188,6 +188,11 @@ class Cgroups(ABC):
             self._idle("").write_text(str(int(crowded)))
         self.weigh(self.tops()[0] / "server", 3 if crowded else 1000)
 
+    @property
+    def root_processes(self) -> Path:
+        """The file with the processes of the group at the root, which shares processors with all of this server."""
+        return self.tops()[0].parent / "cgroup.procs"
+
     def _idle(self, box_id: str) -> Path:
         return self.tops()[0] / "boxes" / box_id / "cpu.idle"
 
