@@ -25,7 +25,7 @@ _log = structlog.get_logger(__name__)
 _LOOK_S = 0.25
 _WATCH_S = 0.05
 """Between two looks while there is room: who suddenly takes all shall not disturb others for long."""
-_CROWDED = 0.5
+_CROWDED = 0.4
 """Of all processors: below this, whoever wakes up finds one that is free."""
 
 
