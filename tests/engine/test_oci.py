@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -175,6 +176,37 @@ async def test_wait_tells_how_pid_1_ended(host: Host) -> None:
     assert await host.engine.boxes() == {box.id: False}
     await host.engine.create(replace(host.spec(), box_id=box.id))
     assert await host.engine.boxes() == {box.id: True}
+
+
+async def test_who_stops_a_box_does_not_write_its_disk(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unmounting does, and takes as long as the disk: a process of its own lets go of the root last."""
+    box = await host.box()
+    remove, held = host.engine._cgroups.remove, []
+
+    async def removing(box_id: str) -> None:
+        held.append(_holders())  # pid 1 is gone by now
+        await remove(box_id)
+
+    monkeypatch.setattr(host.engine._cgroups, "remove", removing)
+    await host.engine.stop(box.id)
+    (during,) = held
+    assert len(during) == 1
+    await host.engine.create(replace(host.spec(), box_id=box.id))
+    assert await host.known(box.id).sh("echo on") == "on"
+    while _holders():
+        await asyncio.to_thread(time.sleep, 0.01)
+
+
+def _holders() -> list[int]:
+    """Children of this process that hold something of another mount namespace as their input."""
+    own = {line.split()[0] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int((path / "stat").read_text().rpartition(") ")[2].split()[1]) == os.getpid():
+                mount = (path / "fdinfo/0").read_text().partition("mnt_id:")[2].split()[0]
+                found += [int(path.name)] if mount not in own else []
+    return found
 
 
 async def test_wait_for_an_unknown_box_returns_at_once(host: Host) -> None:

@@ -109,6 +109,8 @@ class OciEngine:
         self._limits: dict[str, Resources] = {}
         """What was last set for each living box, as far as this server did it."""
         self._tasks = Tasks()
+        self._holders: list[subprocess.Popen[bytes]] = []
+        """Those that were killed and may be writing yet."""
 
     async def open(self, kept: Collection[str] = ()) -> None:
         """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
@@ -205,9 +207,34 @@ class OciEngine:
 
     async def stop(self, box_id: str) -> None:
         """Kill everything in the box; its disk stays, and the slot is kept for it."""
-        slot = await self._end(box_id)
-        if slot is not None:
-            await self._slots.rest(slot)
+        holder = self._hold_root(box_id)
+        try:
+            slot = await self._end(box_id)
+            if slot is not None:
+                await self._slots.rest(slot)
+        finally:
+            if holder is not None:
+                holder.kill()
+                self._holders.append(holder)
+
+    def _hold_root(self, box_id: str) -> subprocess.Popen[bytes] | None:
+        """A process that holds the root of a living box until it is killed.
+
+        Whoever lets go of an overlay last writes all to the disk first that anybody has changed in the pool, and does
+        not end before. It shall not be the box, for whose end others wait, nor the server.
+        """
+        try:
+            if (record := self._record(box_id)) is None or not record.lives():
+                return None
+            root = os.open(f"/proc/{record.pid}/root", os.O_PATH | os.O_CLOEXEC)
+            try:
+                command, null = ("setpriv", "--pdeathsig=KILL", "sleep", "60"), subprocess.DEVNULL
+                return subprocess.Popen(command, stdin=root, stdout=null, stderr=null, close_fds=False)
+            finally:
+                os.close(root)
+        except OSError as error:
+            _log.debug("the root of a box cannot be held", box=box_id, error=str(error))
+            return None
 
     async def _end(self, box_id: str) -> int | None:
         """Kill everything in the box and clear up; its slot."""
@@ -326,6 +353,7 @@ class OciEngine:
                         _log.info("there is room on the disk below the storage: boxes can write")
             except OSError as error:
                 _log.error("storage cannot be kept up", error=str(error))
+            self._holders = [holder for holder in self._holders if holder.poll() is None]
             await asyncio.sleep(_TEND_S)
 
     async def boxes(self) -> dict[str, bool]:
