@@ -1,9 +1,10 @@
-"""Blocking work in threads that a cancelled caller does not leave behind."""
+"""Blocking work in threads that a cancelled caller does not leave behind, and waits without any."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,3 +28,38 @@ async def ended(work: asyncio.Future[Any]) -> None:
             await asyncio.wait({work})
     if not work.cancelled():
         work.exception()  # it has been seen: what ends the caller is what others hear of
+
+
+async def readable(descriptor: int) -> None:
+    """Return when there is something to be read from a descriptor, or its end."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+async def in_own_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a new thread that ends with it, and never return before, so that a cancelled caller can clean up.
+
+    Threads of a pool would not do: the namespace and cgroup that `work` enters would stick to them.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            loop.call_soon_threadsafe(done.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=run, name="start").start()
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await ended(done)
+        raise

@@ -21,8 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blockdevices import below
-from devboxd.engine.blocking import ended, finished
+from devboxd.engine.blocking import finished, in_own_thread, readable
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
@@ -182,7 +181,7 @@ class OciEngine:
                 if spec.snapshot_id is not None and not self.has_disk(spec.box_id):
                     async with self._fetches:
                         await self._disks.fetch(spec.box_id, spec.snapshot_id)
-                await _in_own_thread(lambda: self._make(spec, slot))
+                await in_own_thread(lambda: self._make(spec, slot))
                 self._limits[spec.box_id] = spec.resources
                 if spec.snapshot_id is not None and kept is None:
                     self._spares.used(spec.snapshot_id)
@@ -367,7 +366,7 @@ class OciEngine:
         status = None
         if record and (pidfd := _pidfd(record)) is not None:
             try:
-                await _readable(pidfd)
+                await readable(pidfd)
                 status = linux.exit_status(record.pid, pidfd)
             finally:
                 os.close(pidfd)
@@ -481,7 +480,7 @@ class OciEngine:
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 self._cgroups.thaw(box_id)  # nothing that is frozen dies
                 async with asyncio.timeout(_START_SECONDS):
-                    await _readable(pidfd)
+                    await readable(pidfd)
             except TimeoutError as error:
                 raise EngineError(f"cannot end the box {box_id}: pid {record.pid} ignores SIGKILL") from error
             finally:
@@ -566,37 +565,3 @@ def _pidfd(record: Record) -> int | None:
         return pidfd
     os.close(pidfd)
     return None
-
-
-async def _readable(descriptor: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(descriptor, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(descriptor)
-
-
-async def _in_own_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a new thread that ends with it, and never return before, so that a cancelled caller can clean up.
-
-    Threads of a pool would not do: the namespace and cgroup that `work` enters would stick to them.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            loop.call_soon_threadsafe(done.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(done.set_result, None)
-
-    threading.Thread(target=run, name="start").start()
-    try:
-        await asyncio.shield(done)
-    except asyncio.CancelledError:
-        await ended(done)
-        raise
