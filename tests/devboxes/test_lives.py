@@ -7,6 +7,7 @@ import hashlib
 import os
 import select
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ async def state(image: Image, tmp_path: Path) -> AsyncIterator[Path]:
     yield tmp_path / "state"
     async with Host(image, tmp_path / "state"):
         pass  # it takes all boxes with it
+    await asyncio.to_thread(subprocess.run, ["chattr", "-R", "-f", "-a", tmp_path], check=False)
 
 
 @pytest.fixture
