@@ -31,23 +31,24 @@ int main(int count, char **words) {
         close(group);
     }
     setpriority(PRIO_PROCESS, 0, -20);
-    setpgid(0, 0);
-    signal(SIGTERM, SIG_IGN);
+    setpgid(0, 0); /* what a terminal sends to the server is not meant for this one, which ends with it */
     pid_t self = getpid();
+    pid_t children[CPU_SETSIZE];
+    int started = 0;
     for (int processor = 0; processor < CPU_SETSIZE; processor++) {
         if (!CPU_ISSET(processor, &allowed)) continue;
         pid_t child = fork();
         if (child < 0) return 1;
         if (child == 0) {
-            signal(SIGTERM, SIG_DFL);
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             if (getppid() != self) _exit(0);
             beat(processor);
         }
+        children[started++] = child;
     }
     char byte;
     while (read(STDIN_FILENO, &byte, 1) > 0) continue;
-    kill(0, SIGTERM);
+    while (started > 0) kill(children[--started], SIGKILL);
     while (wait(NULL) > 0) continue;
     return 0;
 }

@@ -146,17 +146,22 @@ async def test_an_idle_one_is_suspended_and_again_after_each_resume(house: House
         await house.reached(box, "running")
 
 
-async def test_keep_alive_begins_the_idle_time_anew(house: House, clock: SetClock) -> None:
-    box = await house.create(launch_parameters={"after_idle": after_idle("shutdown")})
-    for _ in range(3):
-        await clock.move(IDLE_S - 1)
-        await house.ask(box, Event.KEEP_ALIVE_ASKED)
+async def ends_after_the_whole_idle_time(house: House, clock: SetClock, box: str) -> None:
+    """From now on, by its policy, and not a moment before."""
     asked = clock.now_ms()
     await clock.move(IDLE_S - 0.001)
     assert await outcome(house, box) == RUNS
     await clock.move(0.001 + LOOK_S)
     ended = await house.reached(box, "shutdown")
     assert (ended.shutdown_reason, ended.end_time_ms) == ("idle", asked + 1000 * IDLE_S)
+
+
+async def test_keep_alive_begins_the_idle_time_anew(house: House, clock: SetClock) -> None:
+    box = await house.create(launch_parameters={"after_idle": after_idle("shutdown")})
+    for _ in range(3):
+        await clock.move(IDLE_S - 1)
+        await house.ask(box, Event.KEEP_ALIVE_ASKED)
+    await ends_after_the_whole_idle_time(house, clock, box)
 
 
 async def test_a_snapshot_begins_the_idle_time_anew(house: House, clock: SetClock) -> None:
@@ -165,12 +170,7 @@ async def test_a_snapshot_begins_the_idle_time_anew(house: House, clock: SetCloc
     await clock.move(IDLE_S - 1)
     taken = await snapshots.take(ACCOUNT, box, None, None, {}, Once(None, hashlib.sha256()))
     assert (await snapshots.taken(ACCOUNT, taken.id)).status == "complete"
-    asked = clock.now_ms()
-    await clock.move(IDLE_S - 0.001)
-    assert await outcome(house, box) == RUNS
-    await clock.move(0.001 + LOOK_S)
-    ended = await house.reached(box, "shutdown")
-    assert (ended.shutdown_reason, ended.end_time_ms) == ("idle", asked + 1000 * IDLE_S)
+    await ends_after_the_whole_idle_time(house, clock, box)
     await snapshots.delete(ACCOUNT, taken.id)
     await snapshots.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from devboxd.agent import pulse_binary
 from devboxd.engine import cgroups
 from devboxd.engine.turns import Turns, behind
 from support.engine import Host
@@ -126,6 +128,16 @@ def test_a_box_is_behind_while_processors_are_wanted(groups: cgroups.Cgroups, tu
         look(turns)
         assert marks(groups) == found
         assert bool(beat_on(turns)) == beats
+
+
+def test_a_pulse_can_end_at_any_moment() -> None:
+    """Also while it is still starting: who ends it waits for that."""
+    for number in range(40):
+        command = (pulse_binary(), "/dev/null")
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as pulse:
+            time.sleep(0.0001 * number)  # the moment is what varies here
+            pulse.communicate(timeout=30)
+        assert pulse.returncode == 0
 
 
 def test_a_box_that_goes_is_forgotten(groups: cgroups.Cgroups, turns: Turns) -> None:

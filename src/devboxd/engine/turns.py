@@ -85,11 +85,11 @@ class Turns:
         seconds = {box: self._cgroups.cpu_seconds(box) for box in self._cgroups.boxes()} if crowded else {}
         used = {box: amount - self._seconds[box] for box, amount in seconds.items() if box in self._seconds}
         chosen = behind(used, self._behind)
-        before, self._behind, self._seconds = self._behind, chosen, seconds
-        for box in chosen ^ before:
+        for box in chosen ^ self._behind:
             self._cgroups.defer(box, box in chosen)
-        if bool(chosen) is not bool(before):
+        if bool(chosen) is not bool(self._behind):
             self._cgroups.crowd(bool(chosen))
+        self._behind, self._seconds = chosen, seconds
         if not chosen or any(amount > 0 for box, amount in used.items() if box not in chosen):
             self._beat(bool(chosen))
 
