@@ -181,7 +181,7 @@ def test_a_full_disk_under_the_pool_costs_no_devbox_its_disk(large: Disk) -> Non
             large.fill(leave=64 << 20)
             _until_logged(server, "boxes cannot write until there is room")
             for one in (box, other):
-                assert "quota exceeded" in api.run(one, "head -c 200M /dev/zero >more; sync")["stderr"]
+                assert "No space left" in api.run(one, "head -c 200M /dev/zero >more; sync")["stderr"]
             assert api.output(box, "sha256sum <kept") == digest
             assert "reserve" not in api.refused("POST", f"/v1/devboxes/{box}/snapshot_disk", 503)
             api.refused("POST", "/v1/devboxes", 503, {"name": "no room"})
@@ -191,12 +191,12 @@ def test_a_full_disk_under_the_pool_costs_no_devbox_its_disk(large: Disk) -> Non
             server.restart()  # what is held stays so
             large.fill()
             _until_logged(server, RESERVE)
-            assert "quota exceeded" in api.run(box, "echo no room >more")["stderr"]
+            assert "No space left" in api.run(box, "echo no room >more")["stderr"]
             assert api.output(box, "rm -f more && sha256sum <kept") == digest
             api.shutdown(other)
             api.call("POST", f"/v1/devboxes/{asleep}/resume")
             api.wait_box(asleep, "running")
-            assert "quota exceeded" in api.run(asleep, "echo no room >more")["stderr"]
+            assert "No space left" in api.run(asleep, "echo no room >more")["stderr"]
             large.free()
             _until_logged(server, "boxes can write")
             assert api.output(asleep, "echo room >more && cat more") == "room\n"

@@ -24,6 +24,7 @@ from devboxd.ids import new_id
 from devboxd.store.db import FILE_NAME, Store
 from devboxd.store.schema import executions
 from support.api import Api
+from support.disks import READY, volumes_of
 from support.leftovers import descriptors, leftovers
 from support.raw import exchange, request
 from support.server import Server, own_memory
@@ -275,5 +276,6 @@ def _held(server: Server) -> dict[str, int]:
         **kinds,
         "descriptors": len(targets),
         "namespaces": len({target for target in targets if target.startswith(("net:", "user:", "mnt:"))}),
-        "disks": len(os.listdir(server.state / "disks")),
+        "disks": sum(not name.startswith(READY) for name in os.listdir(server.state / "disks")),
+        "volumes": len(volumes_of(server.state)),
     }

@@ -18,7 +18,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -121,8 +121,8 @@ async def _write_all(settings: Settings, state: Path, target: Path, tell: Tell) 
             devboxes = [box for box in await store.read(devbox_store.unfinished) if box.status not in TERMINAL]
             snapshots = await store.read(snapshot_store.complete)
         with _as_of_now(pool, devboxes, contents) as disks:
-            sources = {f"disks/{name}.tar": path / "upper" for name, path in disks.items()}
-            sources |= {f"snapshots/{one.id}.tar": pool.folder / one.id / "upper" for one in snapshots}
+            sources: dict[str, str | Path] = {f"disks/{box}.tar": name for box, name in disks.items()}
+            sources |= {f"snapshots/{one.id}.tar": one.id for one in snapshots}
             names = {box.image for box in devboxes} | {one.image for one in snapshots}
             images = {name: Images(settings).named(name) for name in sorted(filter(None, names))}
             sources |= {f"images/{name}.tar": image.layers[0] for name, image in images.items() if image}
@@ -141,8 +141,11 @@ async def _write_all(settings: Settings, state: Path, target: Path, tell: Tell) 
 
 
 @contextmanager
-def _as_of_now(pool: Pool, devboxes: Iterable[Devbox], contents: Contents) -> Iterator[dict[str, Path]]:
-    """The disks of devboxes, still for the length of the block. Where the pool cannot do that: of those that sleep."""
+def _as_of_now(pool: Pool, devboxes: Iterable[Devbox], contents: Contents) -> Iterator[dict[str, str]]:
+    """The names in the pool of disks, by devbox, which are still for the length of the block.
+
+    Where the pool cannot do that: of those that sleep.
+    """
     disks = Disks(pool)
     there = [box for box in devboxes if disks.path(box.id).exists()]
     if pool.copies:
@@ -155,27 +158,32 @@ def _as_of_now(pool: Pool, devboxes: Iterable[Devbox], contents: Contents) -> It
     for box in there:
         if box.status is not Status.SUSPENDED:
             contents.left_out[box.id] = "it runs, and its disk lies in plain folders; suspend it, or take a snapshot"
-    yield {box.id: disks.path(box.id) for box in there if box.status is Status.SUSPENDED}
+    yield {box.id: box.id for box in there if box.status is Status.SUSPENDED}
 
 
-async def _keep(disks: Disks, source: Path, target: Path, path: str, contents: Contents) -> None:
-    """One archive. What was deleted meanwhile is nothing that is missing; what cannot be read is left out."""
+async def _keep(disks: Disks, source: str | Path, target: Path, path: str, contents: Contents) -> None:
+    """One archive, of a folder or of what has this name in the pool.
+
+    What was deleted meanwhile is nothing that is missing; what cannot be read is left out.
+    """
     file = target / path
     file.parent.mkdir(mode=0o700, exist_ok=True)
     try:
-        digest = await manifest.archive(source, file)
-    except EngineError as error:
+        async with nullcontext(source) if isinstance(source, Path) else disks.reading(source) as folder:
+            digest = await manifest.archive(folder, file)
+    except (EngineError, FileNotFoundError) as error:
         file.unlink(missing_ok=True)
         if shutil.disk_usage(target).free < 1 << 20:
             raise
-        contents.left_out[file.stem] = _why_left_out(source, error)
+        contents.left_out[file.stem] = _why_left_out(disks, source, error)
         return
     slot, given = (disks.slot(file.stem), disks.given(file.stem)) if file.parent.name == "disks" else (None, {})
     contents.archives.append(Archive(path, digest, file.stat().st_size, slot, given))
 
 
-def _why_left_out(source: Path, error: EngineError) -> str:
-    return str(error) if source.exists() else DELETED
+def _why_left_out(disks: Disks, source: str | Path, error: Exception) -> str:
+    there = source if isinstance(source, Path) else disks.path(source)
+    return str(error) if there.exists() else DELETED
 
 
 # -- restore ---------------------------------------------------------------------------------------------------------

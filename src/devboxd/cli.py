@@ -323,8 +323,9 @@ def storage_grow(size: str, config: Path | None, state: Path | None) -> None:
 def storage_check(config: Path | None, state: Path | None) -> None:
     """Look for damage.
 
-    That takes a while. While a server runs every block is read and compared with its checksum; else the structure is
-    checked. Nothing is repaired. The exit code is 1 when there is damage.
+    That takes a while. While a server runs every block of the pool's own is read and compared with its checksum; else
+    the structure is checked. What disks hold has no checksums: see `devboxd snapshot verify`. Nothing is repaired. The
+    exit code is 1 when there is damage.
     """
     from devboxd import storage as module
 

@@ -20,7 +20,7 @@ from devboxd import probes
 from devboxd.budget import commands_within
 from devboxd.config import Settings
 from devboxd.devboxes.views import SIZES
-from devboxd.engine import cgroups, network, recipe, wall
+from devboxd.engine import cgroups, linux, network, recipe, volumes, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
 from devboxd.errors import SetupError
@@ -30,6 +30,7 @@ _GIB = 1 << 30
 _LEAST_FREE = 1 << 20
 _POOLS = "198.18.0.0/15"
 _SYS = Path("/proc/sys")
+_VOLUMES = "install e2fsprogs, modprobe ext4 loop"
 _NETWORK_FILE_SYSTEMS = frozenset(
     (
         *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "gfs2", "ocfs2"),
@@ -262,14 +263,21 @@ def _storage(settings: Settings) -> Check:
     """Where disks of boxes lie, or will lie; looks for what `Pool.open` needs."""
     name = "Storage"
     disks = settings.state / "disks"
-    if (settings.state / "pool.btrfs").exists() or probes.file_system(settings.state)[0] == "btrfs":
+    missing = volumes.lack()
+    if (settings.state / "pool.btrfs").exists() and missing:
+        return Check(name, "error", missing, "disks can be neither made nor opened", _VOLUMES)
+    if (settings.state / "pool.btrfs").exists() or (
+        missing is None and probes.file_system(settings.state)[0] == "btrfs"
+    ):
         return Check(name, "ok", "btrfs", "each disk has a limit, and is copied in a moment while its box goes on")
     if disks.is_dir() and any(disks.iterdir()):
         lack, cure = f"disks lie in plain folders in {disks}", "end all boxes, delete all snapshots, empty the folder"
     elif probes.which("mkfs.btrfs") is None:
         lack, cure = "mkfs.btrfs is missing", "install btrfs-progs before the first start"
-    elif "btrfs" not in Path("/proc/filesystems").read_text() or not Path("/dev/loop-control").exists():
-        lack, cure = "the kernel has no btrfs or no loop devices", "modprobe btrfs loop, before the first start"
+    elif missing:
+        lack, cure = missing, f"{_VOLUMES}, before the first start"
+    elif not linux.has_file_system("btrfs"):
+        lack, cure = "the kernel has no btrfs", "modprobe btrfs, before the first start"
     else:
         return Check(name, "ok", "btrfs in a file, made at the first start", "each disk has a limit; it grows with use")
     seconds = probes.copying(settings.state)

@@ -183,7 +183,11 @@ def _user_namespace() -> Iterator[int]:
 def _mount_and_write(layer: Path, disk: Path, place: Path, user_namespace: int) -> None:
     """Runs in a thread that ends with it, and with it the mounts."""
     linux.private_mounts()
-    root = rootfs.assemble(place, [layer], disk, user_namespace, _FIRST_ID)
+    tree = linux.clone(disk)
+    try:
+        root = rootfs.assemble(place, [layer], tree, user_namespace, _FIRST_ID)
+    finally:
+        os.close(tree)
     with linux.file_system_ids(_FIRST_ID):
         (root / "written").touch()
 

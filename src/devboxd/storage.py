@@ -96,7 +96,8 @@ def grow(state: Path, size: str) -> int:
 def check(state: Path) -> int:
     """Look for damage and show what is found; the exit code, 0 when there is none.
 
-    In use, every block is read and compared with its checksum; else the structure is checked, and nothing is repaired.
+    In use, every block of the pool's own is read and compared with its checksum; else the structure is checked. Nothing
+    is repaired, and what disks hold has no checksums: digests of snapshots tell of that.
     """
     pool = _found(state)
     if not pool.file.exists():

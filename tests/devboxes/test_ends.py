@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.api import Api
+from support.disks import upper
 from support.leftovers import leftovers, remove_all
 from support.reader import Reader
 from support.runtime import Runtime
@@ -119,7 +120,8 @@ def test_a_resume_whose_first_process_died_while_the_server_was_down_keeps_the_d
         view = api.wait_box(box, "suspended", "failure")
         assert view["status"] == "suspended", view
         assert "its first process ended while the server was down" in view["state_transitions"][-1]["failure_reason"]
-    assert (own_server.state / "disks" / box / "upper/home/user/file").read_text() == "kept\n"
+    with upper(own_server.state, box) as folder:
+        assert (folder / "home/user/file").read_text() == "kept\n"
 
 
 def test_a_box_whose_runtime_is_killed_in_the_middle_of_its_making_says_so(tmp_path: Path) -> None:

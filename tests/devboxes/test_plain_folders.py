@@ -126,6 +126,7 @@ def test_each_of_two_at_once_is_of_one_instant(plain: Server, gate: Gate) -> Non
     with plain.api() as api:
         box = api.create()
         api.start(box, "n=0; while echo $n >/tmp/one; echo $n >/tmp/two; do n=$((n + 1)); done")
+        api.output(box, "until [ -e /tmp/two ]; do sleep 0.01; done")
         snapshots = []
         for _ in range(2):
             snapshots.append(take(api, box))

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from support.api import Api
+from support.disks import upper
 from support.server import Server
 
 pytestmark = pytest.mark.box
@@ -202,7 +203,8 @@ def test_its_digest_is_of_all_that_it_holds_and_shows_when_that_changes(
         assert other != told, change
     disk = server.state / "disks" / first
     subprocess.run(["btrfs", "property", "set", disk, "ro", "false"], check=True)
-    (disk / "upper" / "home" / "user" / "d" / "f").write_text("one?")
+    with upper(server.state, first, write=True) as folder:
+        (folder / "home/user/d/f").write_text("one?")
     found = api.call("POST", f"{SNAPSHOTS}/{first}/verify", {})
     assert (found["intact"], found["manifest_digest"]) == (False, told)
     monkeypatch.setenv("DEVBOXD_URL", server.url)

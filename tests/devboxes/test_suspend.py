@@ -18,6 +18,7 @@ import pytest
 from devboxd.executions.shells import shell_key
 from support.api import Api
 from support.casualties import end_sleeps
+from support.disks import upper
 from support.reader import Reader
 from support.server import Server
 
@@ -58,8 +59,9 @@ def test_a_named_shell_goes_on_from_its_record(own_server: Server) -> None:
         (record,) = (own_server.state / "shells" / box).iterdir()
         assert record.stat().st_mode & 0o777 == 0o600
         assert b"SECRET" in record.read_bytes()
-        command = ["grep", "-rl", "SECRET", own_server.state / "disks" / snapshot, own_server.state / "disks" / box]
-        assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "", "it is on a disk"
+        with upper(own_server.state, snapshot) as one, upper(own_server.state, box) as other:
+            command = ["grep", "-rl", "SECRET", one, other]
+            assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == "", "it is on a disk"
         own_server.restart()
         resume(api, box)
         assert say('pwd; echo "$SECRET"; hi; f 2; set -o | grep -c "pipefail.*on"; echo ${x-}; export SECRET=new') == (
@@ -284,8 +286,9 @@ def test_a_suspend_goes_on_where_a_server_ended(memory_s: str, death: signal.Sig
             execution = api.start(box, "echo before; sleep 7302; echo after; exit 7")
             Reader(server, box, execution).until(lambda reader: reader.text == "before\n")
             api.call("POST", f"/v1/devboxes/{box}/suspend")
-            while not (server.state / "disks" / box / "upper/home/user/begun").exists():
-                time.sleep(0.01)
+            with upper(server.state, box) as folder:
+                while not (folder / "home/user/begun").exists():
+                    time.sleep(0.01)
             (server.terminate if death is signal.SIGTERM else server.kill)()
             end_sleeps(box, "7301", "7302")
             server.start()

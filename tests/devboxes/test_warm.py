@@ -15,6 +15,7 @@ from devboxd.config import Settings
 from devboxd.devboxes import warm
 from devboxd.engine.images import Images
 from support.api import Api
+from support.disks import upper
 from support.engine import Host
 from support.server import Server
 
@@ -79,13 +80,13 @@ def test_the_rehearsal_of_a_command_leaves_nothing(server: Server) -> None:
         counted(server, api, 2)
         own = {"etc/hostname", "etc/hosts", "etc/resolv.conf"}
         for box in ahead:
-            upper = server.state / "disks" / box / "upper"
-            assert {str(path.relative_to(upper)) for path in upper.rglob("*") if not path.is_dir()} == own
+            with upper(server.state, box) as folder:
+                assert {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} == own
         mine = api.create()
         assert mine in ahead
         told = [line["message"] for line in api.call("GET", f"/v1/devboxes/{mine}/logs")["logs"]]
         assert told == [f"the devbox is {status}" for status in ("provisioning", "initializing", "running")]
-        assert sorted(api.output(mine, "ps -eo comm=").split()) == ["bash", "init", "ps"]
+        assert api.output(mine, "ps -eo comm=; true").split() == ["init", "bash", "ps"]
         api.shutdown(mine)
 
 

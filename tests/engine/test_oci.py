@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ import pytest
 from devboxd.engine import cgroups, disks, namespaces, oci
 from devboxd.engine.base import EngineError, Image, Resources
 from devboxd.errors import SetupError
+from support.disks import READY, volumes_of
 from support.engine import Host
 from support.leftovers import descriptors
 
@@ -113,9 +113,10 @@ async def test_sudo_works(host: Host) -> None:
 async def test_ids_on_disk_start_at_0_and_the_image_is_untouched(host: Host) -> None:
     one, two = await host.box(), await host.box()
     await one.sh("echo hi >/root/mine; echo user >>/etc/passwd; su user -c 'touch /home/user/his'; rm /usr/bin/env")
-    assert (one.upper / "root/mine").stat().st_uid == 0
-    assert (one.upper / "home/user/his").stat().st_uid == 1000
-    assert (one.upper / "home/user/his").stat().st_gid == 1000
+    with one.upper() as upper:
+        assert (upper / "root/mine").stat().st_uid == 0
+        assert (upper / "home/user/his").stat().st_uid == 1000
+        assert (upper / "home/user/his").stat().st_gid == 1000
     assert (
         await two.sh("ls /usr/bin/env /root; tail -n1 /etc/passwd | grep -c '^user$' || true")
         == "/usr/bin/env\n\n/root:\n0"
@@ -134,23 +135,25 @@ async def test_upper_layers_of_an_image_win(host: Host, tmp_path: Path) -> None:
 async def test_a_setuid_file_of_a_box_is_inert_on_the_host(host: Host) -> None:
     box = await host.box()
     await box.sh("cp /probe /suid && chmod 4755 /suid")
-    file = box.upper / "suid"
-    assert file.stat().st_mode & stat.S_ISUID
-    assert file.stat().st_uid == 0
-    assert host.instance.state.stat().st_mode & 0o777 == 0o700
-    flags = os.statvfs(file).f_flag
-    assert flags & os.ST_NOSUID
-    assert flags & os.ST_NODEV
-    with pytest.raises(PermissionError):
-        subprocess.run([file], user=65534, group=65534, extra_groups=(), check=False)
+    with box.upper() as upper:
+        file = upper / "suid"
+        assert file.stat().st_mode & stat.S_ISUID
+        assert file.stat().st_uid == 0
+        assert host.instance.state.stat().st_mode & 0o777 == 0o700
+        flags = os.statvfs(file).f_flag
+        assert flags & os.ST_NOSUID
+        assert flags & os.ST_NODEV
+        with pytest.raises(PermissionError):
+            subprocess.run([file], user=65534, group=65534, extra_groups=(), check=False)
 
 
 async def test_secrets_are_only_in_the_command(host: Host) -> None:
     box = await host.box()
     result = await box.run("printenv", "TOKEN", env={"TOKEN": "hunter2-secret"})
     assert result.out == "hunter2-secret\n"
-    folders = [str(host.instance.state / "disks"), str(host.instance.directory)]
-    assert subprocess.run(["grep", "-ra", "hunter2-secret", *folders], capture_output=True, check=False).stdout == b""
+    with box.upper() as upper:
+        command = ["grep", "-ra", "hunter2-secret", upper, host.instance.directory]
+        assert subprocess.run(command, capture_output=True, check=False).stdout == b""
     assert b"hunter2" not in Path(f"/proc/{box.pid}/environ").read_bytes()
 
 
@@ -178,35 +181,28 @@ async def test_wait_tells_how_pid_1_ended(host: Host) -> None:
     assert await host.engine.boxes() == {box.id: True}
 
 
-async def test_who_stops_a_box_does_not_write_its_disk(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unmounting does, and takes as long as the disk: a process of its own lets go of the root last."""
+async def test_who_stops_a_box_does_not_write_its_disk(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes as long as the disk: a process of its own does it, and a box may go on from the disk meanwhile."""
     box = await host.box()
-    remove, held = host.engine._cgroups.remove, []
-
-    async def removing(box_id: str) -> None:
-        held.append(_holders())  # pid 1 is gone by now
-        await remove(box_id)
-
-    monkeypatch.setattr(host.engine._cgroups, "remove", removing)
+    slow = tmp_path / "slow" / "sync"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.01; done\nexec /bin/sync "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    await box.sh("echo kept >/kept")
     await host.engine.stop(box.id)
-    (during,) = held
-    assert len(during) == 1
+    assert len(volumes_of(host.instance.state)) == 1, "it is still written"
     await host.engine.create(replace(host.spec(), box_id=box.id))
-    assert await host.known(box.id).sh("echo on") == "on"
-    while _holders():
+    again = host.known(box.id)
+    assert await again.sh("cat /kept") == "kept"
+    (tmp_path / "go").touch()
+    await again.close()
+    await host.engine.stop(box.id)
+    while volumes_of(host.instance.state):
         await asyncio.to_thread(time.sleep, 0.01)
-
-
-def _holders() -> list[int]:
-    """Children of this process that hold something of another mount namespace as their input."""
-    own = {line.split()[0] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if int((path / "stat").read_text().rpartition(") ")[2].split()[1]) == os.getpid():
-                mount = (path / "fdinfo/0").read_text().partition("mnt_id:")[2].split()[0]
-                found += [int(path.name)] if mount not in own else []
-    return found
+    await host.engine.destroy(box.id)
 
 
 async def test_wait_for_an_unknown_box_returns_at_once(host: Host) -> None:
@@ -354,10 +350,15 @@ async def test_namespaces_that_are_made_when_a_create_is_cancelled_are_let_go(
     await slots.close()
 
 
+def _whole(host: Host) -> list[str]:
+    names = sorted(path.name for path in (host.instance.state / "disks").iterdir())
+    return [name for name in names if not name.startswith(READY)] + volumes_of(host.instance.state)
+
+
 async def test_a_disk_that_cannot_be_made_leaves_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     source = await host.box()
     await host.engine.snapshot(source.id, "snp_1")
-    whole = sorted(path.name for path in (host.instance.state / "disks").iterdir())
+    whole = _whole(host)
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, "a disk that is broken")
@@ -366,7 +367,7 @@ async def test_a_disk_that_cannot_be_made_leaves_nothing(host: Host, monkeypatch
     for snapshot in (None, "snp_1"):
         with pytest.raises(EngineError, match="a disk that is broken"):
             await host.engine.create(replace(host.spec(), snapshot_id=snapshot))
-    assert sorted(path.name for path in (host.instance.state / "disks").iterdir()) == whole
+    assert _whole(host) == whole
     await host.engine.delete_snapshot("snp_1")
 
 

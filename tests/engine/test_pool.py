@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from devboxd.engine import pool, spares
+from devboxd.engine import loops, pool, spares
 from devboxd.engine.disks import Disks
+from support.disks import upper, volumes_of
 
 pytestmark = pytest.mark.box
 GIB = 1 << 30
@@ -31,6 +32,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         one.close()
         pytest.skip("this machine has no loop devices, no btrfs, or the folder is on btrfs itself")
     yield tmp_path
+    for name in Disks(one).boxes():
+        Disks(one).remove(name)
     one.close()
 
 
@@ -38,14 +41,18 @@ def test_it_grows_while_it_is_in_use_and_keeps_what_it_holds(state: Path) -> Non
     found = pool.Pool(state)
     found.open()
     disks = Disks(found)
-    disk = disks.create("dbx_1", 7, {"etc/hostname": "one"}, None)
-    with (disk / "upper" / "open").open("w+") as file:
+    disks.create("dbx_1", 7, {"etc/hostname": "one"}, GIB, None)
+    before = found.file.stat().st_size
+    with upper(state, "dbx_1") as folder, (folder / "open").open("w+") as file:
         file.write("before")
         assert found.grow()
         file.write(" and after")
-    assert found.file.stat().st_size == 2 * GIB
-    assert shutil.disk_usage(found.folder).total == 2 * GIB
-    assert (disk / "upper" / "open").read_text() == "before and after"
+    assert found.file.stat().st_size == shutil.disk_usage(found.folder).total == 2 * before
+    disks.close()
+    found.open()
+    with upper(state, "dbx_1") as folder:
+        assert (folder / "open").read_text() == "before and after"
+        assert (folder / "etc/hostname").read_text() == "one"
     assert disks.slot("dbx_1") == 7
 
 
@@ -53,14 +60,19 @@ def test_it_is_found_again_with_its_one_device(state: Path) -> None:
     found = pool.Pool(state)
     found.open()
     disks = Disks(found)
-    disks.create("dbx_1", 0, {}, None)
+    disks.create("dbx_1", 0, {}, GIB, None)
     disks.snapshot("dbx_1", "snp_1")
-    assert len(list(pool._devices(found.file))) == 1
+    assert len(_devices(found.file)) == 1
     found.close()
     again = pool.Pool(state)
     again.open()
-    assert len(list(pool._devices(found.file))) == 1
+    assert len(_devices(found.file)) == 1
     assert (Disks(again).boxes(), Disks(again).snapshots()) == ({"dbx_1"}, {"snp_1"})
+    image = disks.path("dbx_1") / "image"
+    with loops.attached(image) as one, upper(state, "dbx_1"), loops.attached(image) as two:
+        assert one == two, "the device that the first one left in use"
+    disks.remove("dbx_1")
+    assert not volumes_of(state)
 
 
 def test_it_does_not_grow_into_what_is_kept_for_the_server(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,36 +83,38 @@ def test_it_does_not_grow_into_what_is_kept_for_the_server(state: Path, monkeypa
     assert "full" in (found.short_of() or "")
 
 
-def test_a_pool_without_any_room_gives_it_back(state: Path) -> None:
-    """Where not even a name can be made any more, removing is what helps, so it must need no room."""
+def test_a_pool_without_any_room_gives_it_back(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removing is what helps there, so it must need none."""
     found = pool.Pool(state)
     found.open()
+    monkeypatch.setattr(pool, "reserve", lambda total: total)
     disks = Disks(found)
-    full = disks.create("dbx_1", 0, {}, None)
-    disks.create("dbx_2", 1, {}, None)
-    _fill(full / "upper")
-    with pytest.raises(OSError, match="No space left"):
-        disks.create("dbx_3", 2, {}, None)
+    disks.create("dbx_1", 0, {}, GIB, None)
+    with upper(state, "dbx_1") as folder:
+        (folder / "much").write_bytes(os.urandom(200 << 20))
+        os.sync()
+    disks.create("dbx_2", 1, {}, GIB, None)
+    _fill(found.folder)
+    with pytest.raises(OSError, match=r"No space left|Input/output error"):
+        disks.create("dbx_3", 2, {}, 2 * GIB, None)
+    disks.remove("dbx_3")
     disks.remove("dbx_1")
     assert disks.boxes() == {"dbx_2"}
     for command in ("filesystem", "subvolume"):
         subprocess.run(["btrfs", command, "sync", found.folder], check=True, capture_output=True)
-    disks.create("dbx_3", 2, {}, None)
+    disks.create("dbx_3", 2, {}, GIB, None)
 
 
 def test_it_has_room_for_all_that_it_promised(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`fallocate` takes a whole disk in a moment, long before anybody looks."""
     monkeypatch.setattr(pool, "_MARGIN", 0)
     found = pool.Pool(state)
     found.open()
     disks = Disks(found)
     for number in range(2):
-        disk = disks.create(f"dbx_{number}", number, {}, None)
+        disks.create(f"dbx_{number}", number, {}, 2 * GIB, None)
         disks.limit(f"dbx_{number}", 3 * GIB)
-    with (disk / "upper" / "large").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, 2 * GIB)
-    assert shutil.disk_usage(found.folder).free > 3 * GIB
-    found.close()
+    assert shutil.disk_usage(found.folder).free > 6 * GIB
+    disks.close()
     again = pool.Pool(state)
     Disks(again).open()
     assert shutil.disk_usage(again.folder).free > 6 * GIB, "what was promised is found again"
@@ -114,9 +128,8 @@ def test_a_full_pool_takes_no_new_disks(state: Path, monkeypatch: pytest.MonkeyP
     """Also while the disk below has room, which the pool may not take."""
     found = pool.Pool(state)
     found.open()
-    disk = Disks(found).create("dbx_1", 0, {}, None)
     assert found.short_of() is None
-    with (disk / "upper" / "data").open("wb") as file, contextlib.suppress(OSError):
+    with (found.folder / "data").open("wb") as file, contextlib.suppress(OSError):
         for size in itertools.count(1):
             os.posix_fallocate(file.fileno(), 0, size << 24)
     assert "the pool of disks is full" in (found.short_of() or "")
@@ -126,26 +139,100 @@ def test_a_copy_that_waits_becomes_the_next_disk_and_goes_with_its_snapshot(stat
     found = pool.Pool(state)
     disks = Disks(found)
     disks.open()
-    first = disks.create("dbx_1", 0, {}, None)
-    (first / "upper" / "file").write_text("kept")
+    disks.create("dbx_1", 0, {}, GIB, None)
+    with upper(state, "dbx_1") as first:
+        (first / "file").write_text("kept")
     disks.snapshot("dbx_1", "snp_1")
     disks.spare("snp_1")
     disks.spare("snp_1")
     assert _spares(state) == {"snp_1"}
-    second = disks.create("dbx_2", 1, {"etc/hostname": "two"}, "snp_1")
+    disks.create("dbx_2", 1, {"etc/hostname": "two"}, GIB, "snp_1")
     assert _spares(state) == set()
-    assert (second / "upper" / "file").read_text() == "kept"
-    (second / "upper" / "file").write_text("changed")
-    third = disks.create("dbx_3", 2, {}, "snp_1")
-    assert (third / "upper" / "file").read_text() == "kept"
+    with upper(state, "dbx_2") as second:
+        assert (second / "file").read_text() == "kept"
+        (second / "file").write_text("changed")
+    disks.create("dbx_3", 2, {}, GIB, "snp_1")
+    for name in ("dbx_3", "snp_1"):
+        with upper(state, name) as third:
+            assert (third / "file").read_text() == "kept"
     disks.spare("snp_1")
     disks.remove("snp_1")
     disks.spare("snp_1")
     assert _spares(state) == set()
     disks.snapshot("dbx_1", "snp_2")
     disks.spare("snp_2")
-    Disks(found).open()  # as the next server does
+    disks.close()
+    disks.open()  # as the next server does
     assert _spares(state) == set()
+
+
+def test_empty_disks_wait_for_boxes_and_only_for_this_server(state: Path) -> None:
+    disks = Disks(pool.Pool(state))
+    disks.open()
+    disks.stock(GIB)
+    waiting = _empty(state)
+    assert len(waiting) > 1
+    disks.create("dbx_1", 0, {}, GIB, None)
+    disks.create("dbx_2", 0, {}, 2 * GIB, None)
+    assert len(waiting - _empty(state)) == 1
+    with upper(state, "dbx_1") as one, upper(state, "dbx_2") as two:
+        sizes = [os.statvfs(folder).f_blocks * 4096 for folder in (one, two)]
+        assert GIB < sizes[0] < 2 * GIB < sizes[1] < 3 * GIB
+        assert [list(folder.iterdir()) for folder in (one, two)] == [[], []]
+    disks.close()
+    disks.open()
+    assert _empty(state) == set()
+
+
+def test_a_copy_of_a_disk_may_be_larger_or_smaller(state: Path) -> None:
+    disks = Disks(pool.Pool(state))
+    disks.open()
+    disks.create("dbx_1", 0, {}, 2 * GIB, None)
+    with upper(state, "dbx_1") as folder:
+        (folder / "file").write_text("kept")
+    disks.snapshot("dbx_1", "snp_1")
+    for number, size in enumerate((64 * GIB, 2 * GIB, 4 * GIB, GIB)):
+        name = f"dbx_{number}0"
+        disks.create(name, 0, {}, size, "snp_1")
+        disks.limit(name, size)
+        with upper(state, name) as folder:
+            found = os.statvfs(folder)
+            assert abs((found.f_blocks - found.f_bfree + found.f_bavail) * 4096 - size) < 8192
+            assert (folder / "file").read_text() == "kept"
+            (folder / "file").write_text("changed")
+    with upper(state, "snp_1") as folder:
+        assert (folder / "file").read_text() == "kept"
+
+
+def test_a_snapshot_that_a_kill_cut_lets_the_box_go_on(state: Path) -> None:
+    """The kernel holds a file system for as long as nobody says otherwise, whatever became of who asked for it."""
+    disks = Disks(pool.Pool(state))
+    disks.open()
+    disks.create("dbx_1", 0, {}, GIB, None)
+    subprocess.run([sys.executable, "-c", _SNAPSHOT, state], check=False)
+    with upper(state, "dbx_1") as folder:
+        writing = subprocess.Popen(["touch", folder / "held"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            writing.wait(0.2)
+        disks.adopt("dbx_1", GIB)
+        assert writing.wait(60) == 0
+        subprocess.run([sys.executable, "-c", _SNAPSHOT, state], check=False)
+        disks.snapshot("dbx_1", "snp_1")
+        assert subprocess.run(["touch", folder / "on"], check=False, timeout=60).returncode == 0
+    with upper(state, "snp_1") as folder:
+        assert {path.name for path in folder.iterdir()} == {"held"}
+
+
+_SNAPSHOT = """
+import os, signal, sys
+from pathlib import Path
+from devboxd.engine import btrfs, disks, pool
+
+btrfs.snapshot = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+found = pool.Pool(Path(sys.argv[1]))
+found.look()
+disks.Disks(found).snapshot("dbx_1", "snp_1")
+"""
 
 
 @pytest.mark.anyio
@@ -153,14 +240,14 @@ async def test_copies_wait_for_the_snapshots_that_were_used_last(state: Path, mo
     monkeypatch.setattr(spares, "_REST_S", 0.0)
     disks = Disks(pool.Pool(state))
     await asyncio.to_thread(disks.open)
-    await asyncio.to_thread(disks.create, "dbx_1", 0, {}, None)
+    await asyncio.to_thread(disks.create, "dbx_1", 0, {}, GIB, None)
     names = [f"snp_{number}" for number in range(10)]
     kept = spares.Spares(disks)
     keeping = asyncio.create_task(kept.keep())
     for name in names:
         await asyncio.to_thread(disks.snapshot, "dbx_1", name)
-        kept.used(name)
-    kept.used(names[0])
+        kept.used(name, GIB)
+    kept.used(names[0], GIB)
     while _spares(state) != {names[0], *names[-7:]}:
         assert not keeping.done()
         await asyncio.sleep(0.01)
@@ -172,8 +259,17 @@ def _spares(state: Path) -> set[str]:
     return {path.name.removeprefix(".spare-") for path in (state / "disks").glob(".spare-*")}
 
 
+def _empty(state: Path) -> set[str]:
+    return {path.name for path in (state / "disks").glob(".empty-*")}
+
+
+def _devices(file: Path) -> list[Path]:
+    return [
+        path for path in Path("/sys/block").glob("loop*/loop/backing_file") if path.read_text().strip() == str(file)
+    ]
+
+
 def _fill(folder: Path) -> None:
-    """Take the room for data, then that for names, by attributes of which few do."""
     with (folder / "data").open("wb") as file:
         size = 0
         for step in (64 << 20, 1 << 20, 1 << 12):
@@ -181,10 +277,6 @@ def _fill(folder: Path) -> None:
                 while True:
                     os.posix_fallocate(file.fileno(), size, step)
                     size += step
-    for size in (15000, 1000, 1):
-        with contextlib.suppress(OSError):
-            for number in itertools.count():
-                os.setxattr(folder / "data", f"user.{size}.{number}", bytes(size))
 
 
 _GROWING = """

@@ -18,6 +18,7 @@ from typing import Any
 from devboxd.engine import linux
 from support.actor import Actor, Dead, Started
 from support.api import Api
+from support.disks import upper
 from support.leftovers import groups
 from support.server import Server
 
@@ -97,7 +98,8 @@ def check(api: Api, server: Server, dead: list[Dead]) -> None:
     for one in dead:
         if one.moment == "resuming":
             assert api.box(one.box)["status"] == "suspended", one
-            found = (server.state / "disks" / one.box / "upper/home/user/diary").read_text()
+            with upper(server.state, one.box) as folder:
+                found = (folder / "home/user/diary").read_text()
             assert found.splitlines() == one.diary, one
             api.shutdown(one.box)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from devboxd.engine.base import BoxSpec, Image, Resources
 from devboxd.engine.network import Network
 from devboxd.engine.oci import OciEngine
 from devboxd.ids import new_id
+from support.disks import READY, upper, volumes_of
 from support.leftovers import groups
 
 
@@ -34,13 +36,17 @@ class Box:
         self.engine = engine
         self.id = box_id
         self.folder = owner.directory / "boxes" / box_id
-        self.upper = owner.state / "disks" / box_id / "upper"
+        self._state = owner.state
         self._ends: dict[str, asyncio.Future[ExitEvent]] = {}
         self._client: AgentClient | None = None
 
     @property
     def pid(self) -> int:
         return int((self.folder / "pid").read_text())
+
+    def upper(self) -> AbstractContextManager[Path]:
+        """What its disk holds over the image, for the length of a block."""
+        return upper(self._state, self.id)
 
     async def run(self, *command: str, user: str = "root", env: dict[str, str] | None = None) -> Result:
         """Run a program to its end."""
@@ -140,4 +146,5 @@ class Host:
                     continue
         own = self.instance.directory
         folders = [own / "boxes", self.instance.state / "disks", own / "runtime"]
-        return found + [str(path) for folder in folders if folder.exists() for path in folder.iterdir()]
+        found += [str(path) for folder in folders if folder.exists() for path in folder.iterdir()]
+        return [name for name in found if not Path(name).name.startswith(READY)] + volumes_of(self.instance.state)

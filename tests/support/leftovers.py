@@ -8,8 +8,11 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from support.disks import volumes_of
 
 RUN = Path("/run/devboxd")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -25,6 +28,7 @@ def leftovers(state: Path) -> list[str]:
     claim = claim_of(state)
     marks = [str(state)] + ([f"{claim}/"] if claim else [])
     found = [f"mount {point}" for point in _mounts() if any(mark in point for mark in marks)]
+    found += volumes_of(state)
     found += [f"process {pid}: {text}" for pid, text in _processes() if any(mark in text for mark in marks)]
     if claim:
         found += [f"{kind} {name}" for kind, name in _named(claim.name)]
@@ -33,6 +37,8 @@ def leftovers(state: Path) -> list[str]:
 
 def remove_all(state: Path) -> None:
     """Take away all that a dead server and its dead boxes left, as a restart of the machine does."""
+    while volumes_of(state):  # what the dead had written goes to the disk first
+        time.sleep(0.01)
     for point in [point for point in _mounts() if str(state) in point]:
         subprocess.run(["umount", point], check=True)
     if (claim := claim_of(state)) is None:

@@ -25,8 +25,8 @@ from devboxd.engine.base import FULL, Engine, Resources
 _log = structlog.get_logger()
 MOST = 200
 """How many incidents of a devbox are kept, the newest."""
-_ROOM = 0.9
-"""The share of its limit at which a disk that was full has room again. It is counted a little late."""
+_ROOM = 0.1
+"""The share that can be written at which a disk that was full has room again."""
 
 
 class Incident(msgspec.Struct, frozen=True):
@@ -78,7 +78,8 @@ class Incidents:
             seen = _remembered(self.of(devbox.id), devbox.boots)
         size = resources(devbox.launch_parameters)
         used = self._engine.disk_used(devbox.id) or 0
-        full = used >= (_ROOM if seen.full else FULL) * size.disk_bytes
+        room = self._engine.disk_room(devbox.id)
+        full = seen.full if room is None else room < (_ROOM if seen.full else FULL)
         held = self._engine.disks_held
         now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full or held)
         fresh = news(seen, now, size, used, held)

@@ -31,7 +31,7 @@ from devboxd.devboxes.prepare import (
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import idle_policy, resources
-from devboxd.engine.base import BoxEnd, BoxSpec, Engine, EngineError, Image
+from devboxd.engine.base import FULL, BoxEnd, BoxSpec, Engine, EngineError, Image
 from devboxd.errors import comes_later
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
@@ -260,16 +260,17 @@ class Supervisor:
         except BoxFailure as failure:
             await self._fail(life, failure)
         except PreparationError as error:
-            await self._fail(life, BoxFailure(await self._lack(life.devbox.id, error), str(error)))
+            await self._fail(life, BoxFailure(self._lack(life.devbox.id, error), str(error)))
         except Exception as error:
             _log.error("a devbox failed", id=life.devbox.id, exc_info=error)
             await self._fail(life, BoxFailure("health_check_failed", str(error)))
 
-    async def _lack(self, box_id: str, error: PreparationError) -> str:
+    def _lack(self, box_id: str, error: PreparationError) -> str:
         """What a step before `running` failed for, by its name on the wire."""
         if error.killed and self._engine.oom_kills(box_id) > 0:
             return "out_of_memory"
-        return "out_of_disk" if await self._engine.disk_full(box_id) else "execution_failed"
+        room = self._engine.disk_room(box_id)
+        return "out_of_disk" if room is not None and room < FULL else "execution_failed"
 
     async def _fail(self, life: Life, failure: BoxFailure) -> None:
         """A devbox that cannot be resumed goes back to sleep: its disk is worth more than its processes."""

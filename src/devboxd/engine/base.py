@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-FULL = 0.98
-"""The share of its limit at which a disk is called full: writes are refused before the last byte is taken."""
+FULL = 0.02
+"""A disk of which less than this share can be written is called full: large writes are refused before small ones."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ class Engine(Protocol):
     def disk_used(self, name: str) -> int | None:
         """Bytes on the disk of a box, or in a snapshot, over its image; None where that is not known."""
 
-    async def disk_full(self, box_id: str) -> bool:
-        """Whether the box can write nothing more to its disk; may take as long as writing what it wrote last."""
+    def disk_room(self, box_id: str) -> float | None:
+        """The share of a living box's disk that it can still write, from 0 to 1; None where there is no bound."""
 
     def cpu_seconds(self, box_id: str) -> float:
         """Processor time that the box has used so far; 0 for unknown boxes."""

@@ -1,8 +1,9 @@
 """The disks of boxes: the writable layer of each, and snapshots of them, side by side in the pool.
 
-    <pool>/dbx_...   upper (what the box sees over its image), work (the overlay's own), slot (of the box), given (files
-                     in upper that are the server's, as it wrote them)
+    <pool>/dbx_...   image (the volume), slot (of the box), given (files in `upper` that are the server's, as it wrote
+                     them); plain folders have no volume, and `upper` and `work` beside the others
     <pool>/snp_...   the same at one instant; nothing writes it
+    <pool>/.empty-N  a disk of N bytes in which nothing is; beside it copies of it, which wait for boxes
 
 Under its name a disk is whole or not there: it is made under another one, and so are folders removed. What is in
 `upper` is the box's and hostile: names in it are never followed.
@@ -11,24 +12,30 @@ Under its name a disk is whole or not there: it is made under another one, and s
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import os
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from devboxd.engine import btrfs, manifest
-from devboxd.engine.base import FULL, EngineError
+from devboxd.engine import btrfs, linux, loops, manifest, volumes
+from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import piped
+from devboxd.engine.volumes import Volume
+from devboxd.errors import SetupError
 
-_GIVEN = "given"
+_GIVEN, _IMAGE = "given", "image"
 _BOX, _SNAPSHOT = "dbx_", "snp_"
-_MAKING, _GOING, _STILL, _SPARE = ".new-", ".gone-", ".still-", ".spare-"
+_STOCK = 16
+_MAKING, _GOING, _STILL, _SPARE, _EMPTY = ".new-", ".gone-", ".still-", ".spare-", ".empty-"
 
 
 class Disks:
@@ -38,93 +45,155 @@ class Disks:
         self._pool = pool
         self._folder = pool.folder
         self._held = False
-        self._own: tuple[str, ...] = ()
-        """The files that a new disk gets."""
+        self._open: dict[str, Volume] = {}
+        """The volumes of living boxes, as far as this process has to do with them."""
+        self._bounds: dict[str, int] = {}
+        """How many bytes each of them may hold."""
+        self._devices: dict[str, str] = {}
+        """Which devices there were when this server began, by the folder and name of their files."""
+        self._empty: dict[int, list[Path]] = {}
+        """Disks that wait for a box, by their size."""
+        self._numbers = itertools.count()
+        self._emptying = threading.Lock()
 
     def open(self) -> None:
         """Open the pool and remove what an earlier server was making or removing. Raises SetupError."""
         self._pool.open()
         with contextlib.suppress(BlockingIOError), self._stills():
             self._forget_stills()
+        if self._pool.copies and (old := next(self._folder.glob("*/upper"), None)):
+            raise SetupError(
+                f"cannot use the disks in {self._folder}: an earlier version of devboxd wrote {old.parent.name}; "
+                "make a backup by that version, and restore it with this one"
+            )
+        self._devices = {file: name for name, file in loops.devices()}
         for path in self._folder.iterdir():
-            if path.name.startswith((_MAKING, _GOING, _SPARE)):
+            if path.name.startswith((_MAKING, _GOING, _SPARE, _EMPTY)):
                 self._delete(path)
             elif path.name.startswith(_BOX) and self._pool.copies:
                 with contextlib.suppress(OSError):
-                    self._pool.promise(path.name, btrfs.limited(path))
+                    self._pool.promise(path.name, (path / _IMAGE).stat().st_size)
 
     def close(self) -> None:
         """Close the pool."""
+        while self._open:
+            self._open.popitem()[1].close()
         self._pool.close()
 
     def path(self, name: str) -> Path:
         """Where the disk of a box, or a snapshot, lies."""
         return self._folder / name
 
-    def create(self, box_id: str, slot: int, files: Mapping[str, str], snapshot_id: str | None) -> Path:
-        """A new disk for the box, empty or from a snapshot, with these files (paths below its root) of the box's root.
+    def adopt(self, box_id: str, most_bytes: int) -> None:
+        """Take over the disk of a box that outlived its server, which may hold so much. Raises OSError."""
+        if self._pool.copies:
+            self._volume_of(box_id).thaw()
+            self.limit(box_id, most_bytes)
+
+    def create(self, box_id: str, slot: int, files: Mapping[str, str], most_bytes: int, source: str | None) -> None:
+        """A new disk of this size for the box, empty or from a snapshot, with these files of the box's root.
 
         Where copying takes its time, `fetch` comes before. Raises EngineError when there is no such snapshot, and
         OSError; `remove` takes away what was begun then.
         """
         making = self._making(box_id)
-        if snapshot_id is None:
+        if self._pool.copies:
+            self._pool.promise(box_id, most_bytes)
             self._delete(making)
-            self._make(making)
-            (making / "upper").mkdir()
-            (making / "upper").chmod(0o755)
-        elif self._pool.copies:
-            self._delete(making)
-            try:
-                self._spare(snapshot_id).rename(making)
-            except FileNotFoundError:
-                self._branch(snapshot_id, making)
-        (making / "work").mkdir(exist_ok=True)
-        _write_own(making, slot, files)
-        self._own = tuple(files)
+            if source is None:
+                self._take_empty(most_bytes, making)
+            else:
+                try:
+                    self._spare(source).rename(making)
+                except FileNotFoundError:
+                    btrfs.snapshot(self._source(source), making, read_only=False)
+                volumes.enlarge(making / _IMAGE, most_bytes)
+            self._open[box_id] = Volume(making / _IMAGE, new=True)
+            if source is not None:
+                self._open[box_id].bound(None)  # a full one takes the server's files too
+            _give(self._open[box_id].path / "upper", making, files)
+        else:
+            if source is None:
+                self._delete(making)
+                making.mkdir(mode=0o700)
+                (making / "upper").mkdir()
+                (making / "upper").chmod(0o755)
+            (making / "work").mkdir(exist_ok=True)
+            _give(making / "upper", making, files)
+        _put(making, "slot", f"{slot}\n")
         making.rename(self._folder / box_id)
-        return self._folder / box_id
+
+    def _take_empty(self, size: int, target: Path) -> None:
+        """Make `target` a disk of this size in which nothing is. Raises OSError."""
+        with self._emptying:
+            if not self._empty.get(size):
+                self._stock(size)
+            self._empty[size].pop().rename(target)
+
+    def stock(self, size: int) -> None:
+        """Have empty disks of this size ready, where the pool copies. Raises OSError."""
+        with self._emptying:
+            if self._pool.copies and len(self._empty.get(size, ())) < _STOCK // 2:
+                self._stock(size)
+
+    def _stock(self, size: int) -> None:
+        """Many at once: the first one that is attached makes the pool write all of them, which takes a while."""
+        first = self._folder / f"{_EMPTY}{size}"
+        if not first.exists():
+            making = self._making(first.name)
+            self._delete(making)
+            btrfs.create(making)
+            volumes.make(making / _IMAGE, size)
+            making.rename(first)
+        for _ in range(_STOCK):
+            one = self._folder / f"{_EMPTY}{size}-{next(self._numbers)}"
+            btrfs.create(one)
+            volumes.copy(first / _IMAGE, one / _IMAGE)
+            self._empty.setdefault(size, []).append(one)
 
     def refresh(self, box_id: str, files: Mapping[str, str]) -> None:
         """Write files of a disk that was kept anew, but for those that are not as the server wrote them.
 
         Raises EngineError and OSError.
         """
-        disk = self._folder / box_id
         before = self.given(box_id)
         changed = {name: text for name, text in files.items() if text != before.get(name, text)}
-        mine = {name: text for name, text in changed.items() if _holds(disk / "upper", name, before[name])}
+        upper = self._upper(box_id)
+        mine = {name: text for name, text in changed.items() if _holds(upper, name, before[name])}
         if mine:
-            _give(disk, mine, before)
+            _give(upper, self._folder / box_id, mine, before)
 
     async def fetch(self, box_id: str, snapshot_id: str) -> None:
         """Copy a snapshot for the disk of a box, where that takes its time. Raises as `create`."""
         if not self._pool.copies:
             await self._copy(self._source(snapshot_id), self._making(box_id))
 
-    def spare(self, snapshot_id: str) -> None:
-        """Have a copy of a snapshot ready for the next box, where the pool copies: it costs nothing but its making.
-
-        Raises OSError.
-        """
-        source, spare = self._folder / snapshot_id, self._spare(snapshot_id)
+    def spare(self, name: str) -> None:
+        """Have a copy of a snapshot ready for the next box, where the pool copies. Raises OSError."""
+        source, spare = self._folder / name, self._spare(name)
         if not self._pool.copies or spare.exists() or not source.exists():
             return
-        making = self._making(snapshot_id)
-        self._delete(making)
-        self._branch(snapshot_id, making)
-        _write_own(making, 0, dict.fromkeys(self._own, ""))  # what is shared no more is quick to write
-        making.rename(spare)
+        btrfs.snapshot(source, spare, read_only=False)
         if not source.exists():
             btrfs.delete(spare)
 
-    def forget_spare(self, snapshot_id: str) -> None:
+    def forget_spare(self, name: str) -> None:
         """Delete the copy that was ready. Raises OSError."""
         if self._pool.copies:
-            btrfs.delete(self._spare(snapshot_id))
+            btrfs.delete(self._spare(name))
 
-    def _spare(self, snapshot_id: str) -> Path:
-        return self._folder / (_SPARE + snapshot_id)
+    def _spare(self, name: str) -> Path:
+        return self._folder / (_SPARE + name)
+
+    @contextlib.contextmanager
+    def tree(self, box_id: str) -> Iterator[int]:
+        """A descriptor of a new mount of the disk for its box. Raises OSError."""
+        disk = self._folder / box_id
+        tree = self._volume_of(box_id).tree() if self._pool.copies else linux.clone(disk)
+        try:
+            yield tree
+        finally:
+            os.close(tree)
 
     def lift(self, box_id: str, most_bytes: int) -> None:
         """Before it is mounted: have room for all that the disk may hold, and no bound, until `limit`. Raises OSError.
@@ -133,50 +202,62 @@ class Disks:
         """
         if self._pool.copies:
             self._pool.promise(box_id, most_bytes)
-            btrfs.unlimit(self._folder / box_id)
+            self._volume_of(box_id).bound(None)
 
     def limit(self, box_id: str, most_bytes: int) -> None:
         """Bound what the disk holds, as far as the pool can, with room for all of it. Raises OSError."""
         if self._pool.copies:
             self._pool.promise(box_id, most_bytes)
-            btrfs.limit(self._folder / box_id, most_bytes)
-            if self._held:
-                btrfs.hold(self._folder / box_id, True)
+            self._bounds[box_id] = most_bytes
+            self._volume_of(box_id).bound(0 if self._held else most_bytes)
 
     def hold(self, held: bool) -> None:
         """Let no box write to its disk any more, as far as the pool can, or let all of them again. Raises OSError."""
         self._held = held
-        for box_id in self.boxes() if self._pool.copies else ():
-            with contextlib.suppress(FileNotFoundError):  # it has just gone
-                btrfs.hold(self._folder / box_id, held)
+        for box_id, volume in tuple(self._open.items()):
+            if held or box_id in self._bounds:
+                volume.bound(0 if held else self._bounds[box_id])
+
+    def leave(self, box_id: str) -> subprocess.Popen[bytes] | None:
+        """Let go of the disk of a box that has ended, by a process: who does so last waits until all is written."""
+        self._bounds.pop(box_id, None)
+        if (volume := self._open.pop(box_id, None)) is None:
+            return None
+        try:
+            command = ("setpriv", "--pdeathsig=KILL", "sync", "--file-system", "/proc/self/fd/0")
+            null = subprocess.DEVNULL
+            return subprocess.Popen(command, stdin=volume.descriptor, stdout=null, stderr=null)
+        finally:
+            volume.close()
 
     def used(self, name: str) -> int | None:
         """Bytes of a disk or snapshot, over its image; None where the pool does not count."""
         if not self._pool.copies:
             return None
         with contextlib.suppress(OSError):
-            return btrfs.referenced(self._folder / name)
+            volume = self._open.get(name)
+            return volume.used() if volume else volumes.used(self._folder / name / _IMAGE)
         return None
 
     async def size(self, name: str) -> int:
         """Bytes of a snapshot, over its image, however long counting takes. Raises EngineError and OSError."""
         disk = self._folder / name
         if self._pool.copies:
-            return await finished(partial(btrfs.referenced, disk))
+            return await finished(partial(volumes.used, disk / _IMAGE))
         command = ("du", "--summarize", "--block-size=1", "--", str(disk / "upper"))
         return int((await piped(command, what=f"measure {disk}")).split()[0])
 
-    def full(self, box_id: str) -> bool:
-        """Whether a disk has no room left; waits until what was written is counted. Raises OSError."""
-        if not self._pool.copies:
-            return False
-        disk = self._folder / box_id
-        btrfs.settle(disk)
-        return btrfs.referenced(disk) >= FULL * btrfs.limited(disk) > 0
+    def room(self, box_id: str) -> float | None:
+        """The share of the disk of a living box that can still be written; None where there is no bound."""
+        volume = self._open.get(box_id)
+        with contextlib.suppress(OSError):
+            return volume.room() if volume else None
+        return None
 
     def snapshot(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk as it is now, in a pool that copies. Raises OSError."""
-        btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
+        with self._at_rest(box_id):
+            btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
 
     async def copy(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk of a box that stands still, in plain folders; it takes its time. Raises EngineError."""
@@ -184,11 +265,24 @@ class Disks:
         await self._copy(self._folder / box_id, making)
         making.rename(self._folder / snapshot_id)
 
-    @contextlib.contextmanager
-    def still(self, box_ids: Iterable[str]) -> Iterator[dict[str, Path]]:
-        """Disks as they are at this instant, whatever their boxes do, until the block ends. For a pool that copies.
+    @contextlib.asynccontextmanager
+    async def reading(self, name: str) -> AsyncIterator[Path]:
+        """Where all that a box sees over its image can be read, of a snapshot or a disk at rest. Raises OSError."""
+        if not self._pool.copies:
+            yield self._folder / name / "upper"
+            return
+        volume = await finished(lambda: Volume(self._folder / name / _IMAGE, read_only=True))
+        try:
+            yield volume.path / "upper"
+        finally:
+            await finished(volume.close)
 
-        Those that are gone are left out. Raises BlockingIOError where somebody else is in such a block, and OSError.
+    @contextlib.contextmanager
+    def still(self, box_ids: Iterable[str]) -> Iterator[dict[str, str]]:
+        """The names of disks as they are at this instant, by box, whatever their boxes do, until the block ends.
+
+        For a pool that copies. Those that are gone are left out. Raises BlockingIOError where somebody else is in such
+        a block, and OSError.
         """
         found = {}
         with self._stills():
@@ -196,20 +290,16 @@ class Disks:
                 self._forget_stills()
                 for box_id in box_ids:
                     with contextlib.suppress(FileNotFoundError):
-                        btrfs.snapshot(self._folder / box_id, self._folder / (_STILL + box_id), read_only=True)
-                        found[box_id] = self._folder / (_STILL + box_id)
+                        self.snapshot(box_id, _STILL + box_id)
+                        found[box_id] = _STILL + box_id
                 yield found
             finally:
                 self._forget_stills()
 
     @contextlib.contextmanager
     def _stills(self) -> Iterator[None]:
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with _locked(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
             yield
-        finally:
-            os.close(folder)
 
     def _forget_stills(self) -> None:
         for path in self._folder.glob(_STILL + "*"):
@@ -221,19 +311,32 @@ class Disks:
         self._delete(making)
         self._pool.promise(name, size)
         try:
-            self._make(making)
-            (making / "upper").mkdir()
-            (making / "work").mkdir()
-            if slot is not None:
-                (making / "slot").write_text(f"{slot}\n")
-            (making / _GIVEN).write_text(json.dumps(given))
-            await manifest.extract(archive, making / "upper")
+            async with self._filling(making) as folder:
+                if slot is not None:
+                    (making / "slot").write_text(f"{slot}\n")
+                (making / _GIVEN).write_text(json.dumps(given))
+                await manifest.extract(archive, folder / "upper")
             if self._pool.copies and name.startswith(_SNAPSHOT):
                 btrfs.snapshot(making, self._folder / name, read_only=True)
             else:
                 making.rename(self._folder / name)
         finally:
             self._delete(making)
+
+    @contextlib.asynccontextmanager
+    async def _filling(self, making: Path) -> AsyncIterator[Path]:
+        """A new disk for as much as any can hold; the folder in which its own are."""
+        if not self._pool.copies:
+            for folder in (making, making / "upper", making / "work"):
+                folder.mkdir(mode=0o700)
+            yield making
+            return
+        await finished(partial(self._take_empty, volumes.LARGEST, making))
+        volume = await finished(lambda: Volume(making / _IMAGE, new=True))
+        try:
+            yield volume.path
+        finally:
+            await finished(volume.close)
 
     def given(self, box_id: str) -> dict[str, str]:
         """The files that the server wrote last into the box of a disk; none where an older server made it."""
@@ -263,6 +366,11 @@ class Disks:
         A subvolume goes at once and whole, so it needs no other name: a pool without room refuses to rename.
         """
         self._pool.promise(name, 0)
+        self._bounds.pop(name, None)
+        if (volume := self._open.pop(name, None)) is not None:
+            with contextlib.suppress(OSError):  # what is broken writes nothing anyway
+                volume.drop()
+            volume.close()
         if name.startswith(_BOX):
             self._delete(self._making(name))
         if self._pool.copies and btrfs.is_subvolume(self._folder / name):
@@ -274,25 +382,48 @@ class Disks:
             (self._folder / name).rename(going)
         self._delete(going)
 
-    def _make(self, path: Path) -> None:
-        if self._pool.copies:
-            btrfs.create(path)
-        else:
-            path.mkdir(mode=0o700)
+    def _volume_of(self, box_id: str) -> Volume:
+        """The volume of a box that lives or is to live, which stays open."""
+        if box_id not in self._open:
+            with _locked(self._folder / box_id):
+                known = self._devices.pop(f"{box_id}/{_IMAGE}", None)
+                self._open[box_id] = Volume(self._folder / box_id / _IMAGE, known=known)
+        return self._open[box_id]
+
+    @contextlib.contextmanager
+    def _at_rest(self, box_id: str) -> Iterator[None]:
+        """The disk of a box on which nothing changes, and all is written, for the length of the block.
+
+        Whoever finds it so, and nobody in such a block, comes after one who died there.
+        """
+        disk = self._folder / box_id
+        with contextlib.ExitStack() as opened:
+            volume = self._open.get(box_id)
+            with _locked(disk):
+                volume = volume or opened.enter_context(volumes.opened(disk / _IMAGE))
+            linux.write_back(volume.descriptor)
+            opened.enter_context(_locked(disk))
+            try:
+                volume.freeze()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                volume.thaw()
+                volume.freeze()
+            opened.callback(volume.thaw)
+            yield
+
+    def _upper(self, box_id: str) -> Path:
+        return (self._volume_of(box_id).path if self._pool.copies else self._folder / box_id) / "upper"
 
     def _making(self, name: str) -> Path:
         return self._folder / (_MAKING + name)
 
-    def _source(self, snapshot_id: str) -> Path:
-        source = self._folder / snapshot_id
+    def _source(self, name: str) -> Path:
+        source = self._folder / name
         if not source.exists():
-            raise EngineError(f"cannot find the snapshot {snapshot_id} on the disk; was it deleted?")
+            raise EngineError(f"cannot find the snapshot {name} on the disk; was it deleted?")
         return source
-
-    def _branch(self, snapshot_id: str, target: Path) -> None:
-        """A copy that can be written, without the bounds that the disk had of which the snapshot was taken."""
-        btrfs.snapshot(self._source(snapshot_id), target, read_only=False)
-        btrfs.unlimit(target)
 
     async def _copy(self, source: Path, target: Path) -> None:
         """File by file, by a process that ends with the caller, and with the server."""
@@ -314,6 +445,17 @@ class Disks:
         _remove_tree(path)
 
 
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Alone with a folder, among all threads and programs of devboxd, for the length of the block."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_tree(path: Path) -> None:
     command = ("rm", "-rf", "--one-file-system", "--", path)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -321,16 +463,10 @@ def _remove_tree(path: Path) -> None:
         raise EngineError(f"cannot delete {path}: {_last_line(done.stderr)}; look at the disk's health")
 
 
-def _write_own(disk: Path, slot: int, files: Mapping[str, str]) -> None:
-    """What differs from box to box."""
-    _put(disk, "slot", f"{slot}\n")
-    _give(disk, files)
-
-
-def _give(disk: Path, files: Mapping[str, str], before: Mapping[str, str] | None = None) -> None:
-    """Write files of the server's into the root of a box, and down that it did."""
+def _give(upper: Path, disk: Path, files: Mapping[str, str], before: Mapping[str, str] | None = None) -> None:
+    """Write files of the server's into the root of a box, and down beside it that it did."""
     for name, text in files.items():
-        _put(disk / "upper", name, text)
+        _put(upper, name, text)
     _put(disk, _GIVEN, json.dumps({**(before or {}), **files}))
 
 

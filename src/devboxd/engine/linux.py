@@ -12,7 +12,8 @@ import fcntl
 import os
 import re
 import struct
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,9 +25,11 @@ _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 _MNT_DETACH = 2
 _CLONE_NEWNS = 0x00020000
 _AT_EMPTY_PATH, _AT_FDCWD = 0x1000, -100
-_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_IDMAP = 2, 4, 8, 0x00100000
+_SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
+_ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_NOATIME, _ATTR_IDMAP = 2, 4, 8, 16, 0x00100000
+_FILE_SYSTEMS = Path("/proc/filesystems")
 _OOM = Path("/proc/self/oom_score_adj")
 _CAPABILITY_VERSION_3 = 0x20080522
 _PIDFD_GET_INFO, _PIDFD_INFO_EXIT, _PIDFD_INFO_SIZE = 0xC040FF0B, 1 << 3, 64
@@ -64,16 +67,58 @@ def bind(source: Path, target: Path, user_namespace: int | None = None) -> None:
 
     Limits of the mount that `source` lies on (nosuid, nodev, noexec) do not carry over.
     """
-    tree = _call(_OPEN_TREE, f"clone {source}", _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+    tree = clone(source)
     try:
-        cleared = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
-        mapped = (0, cleared, 0, 0) if user_namespace is None else (_ATTR_IDMAP, cleared, 0, user_namespace)
-        attributes = struct.pack("=4Q", *mapped)
-        _call(_MOUNT_SETATTR, f"map the ids of {source}", tree, b"", _AT_EMPTY_PATH, attributes, len(attributes))
-        what = f"attach {source} at {target}"
-        _call(_MOVE_MOUNT, what, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+        attach(tree, target, user_namespace)
     finally:
         os.close(tree)
+
+
+def clone(source: Path) -> int:
+    """A descriptor of a new mount of a file or folder: it lies nowhere until `attach`, and goes when it is closed."""
+    return _call(_OPEN_TREE, f"clone {source}", _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
+
+
+def file_system(kind: str, device: str, options: Iterable[str]) -> int:
+    """A descriptor of a new mount of the file system on a device, as from `clone`; closed to programs and devices.
+
+    Also where that file system is in use already: then the options do not count. Raises OSError.
+    """
+    what = f"mount {kind} from {device}"
+    context = _call(_FSOPEN, what, kind.encode(), 1)
+    try:
+        _call(_FSCONFIG, what, context, _SET_STRING, b"source", os.fsencode(device), 0)
+        for option in options:
+            name, equals, value = option.partition("=")
+            command, given = (_SET_STRING, value.encode()) if equals else (_SET_FLAG, 0)
+            _call(_FSCONFIG, f"{what} with {option}", context, command, name.encode(), given, 0)
+        _call(_FSCONFIG, what, context, _CMD_CREATE, 0, 0, 0)
+        return _call(_FSMOUNT, what, context, 1, _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC | _ATTR_NOATIME)
+    finally:
+        os.close(context)
+
+
+def attach(tree: int, target: Path, user_namespace: int | None = None) -> None:
+    """Put a new mount at its place, open to programs and devices, ids shifted as by `bind`."""
+    cleared = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
+    mapped = (0, cleared, 0, 0) if user_namespace is None else (_ATTR_IDMAP, cleared, 0, user_namespace)
+    attributes = struct.pack("=4Q", *mapped)
+    _call(_MOUNT_SETATTR, f"map the ids for {target}", tree, b"", _AT_EMPTY_PATH, attributes, len(attributes))
+    what = f"attach a mount at {target}"
+    _call(_MOVE_MOUNT, what, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
+
+
+def has_file_system(kind: str) -> bool:
+    """Whether the kernel knows a kind of file system, once it has been asked to load it."""
+    if kind not in _FILE_SYSTEMS.read_text().split():
+        with suppress(OSError):
+            subprocess.run(("modprobe", "--quiet", kind), stderr=subprocess.DEVNULL, check=False)
+    return kind in _FILE_SYSTEMS.read_text().split()
+
+
+def write_back(descriptor: int) -> None:
+    """Return when all is on the disk that was written to the file system of an opened file. Raises OSError."""
+    _check(_libc.syncfs(descriptor), "write a file system back")
 
 
 def unmount(target: Path) -> None:

@@ -69,6 +69,7 @@ class Record:
     pid: int
     started: int
     slot: int
+    disk_bytes: int
 
     def lives(self) -> bool:
         """Whether this very process exists."""
@@ -108,8 +109,8 @@ class OciEngine:
         self._limits: dict[str, Resources] = {}
         """What was last set for each living box, as far as this server did it."""
         self._tasks = Tasks()
-        self._holders: list[subprocess.Popen[bytes]] = []
-        """Those that were killed and may be writing yet."""
+        self._leaving: list[subprocess.Popen[bytes]] = []
+        """Those that write what is left of disks."""
 
     async def open(self, kept: Collection[str] = ()) -> None:
         """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
@@ -138,6 +139,12 @@ class OciEngine:
         known = [record for record in records.values() if record and record.boot == linux.boot_id()]
         slots = map(self._disks.slot, disks.intersection(kept))
         resting = {slot for slot in slots if slot is not None}
+        for box_id, record in records.items():
+            if record and record.lives() and box_id in disks:
+                try:
+                    await finished(partial(self._disks.adopt, box_id, record.disk_bytes))
+                except OSError as error:
+                    _log.error("the disk of a box cannot be looked at; the box goes on", box=box_id, error=str(error))
         await self._network.open()
         await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
         await self._slots.open({record.slot for record in known} | resting)
@@ -183,11 +190,13 @@ class OciEngine:
                         await self._disks.fetch(spec.box_id, spec.snapshot_id)
                 await in_own_thread(lambda: self._make(spec, slot))
                 self._limits[spec.box_id] = spec.resources
-                if spec.snapshot_id is not None and kept is None:
-                    self._spares.used(spec.snapshot_id)
+                if kept is None:
+                    self._spares.used(spec.snapshot_id, spec.resources.disk_bytes)
             except BaseException as error:
                 await self._clear(spec.box_id)
-                if kept is None:
+                if kept is not None:
+                    await self._leave(spec.box_id)
+                else:
                     await finished(partial(self._disks.remove, spec.box_id))
                     await self._slots.release(slot.index)
                 if isinstance(error, (OSError, subprocess.SubprocessError)):
@@ -206,34 +215,14 @@ class OciEngine:
 
     async def stop(self, box_id: str) -> None:
         """Kill everything in the box; its disk stays, and the slot is kept for it."""
-        holder = self._hold_root(box_id)
-        try:
-            slot = await self._end(box_id)
-            if slot is not None:
-                await self._slots.rest(slot)
-        finally:
-            if holder is not None:
-                holder.kill()
-                self._holders.append(holder)
+        slot = await self._end(box_id)
+        await self._leave(box_id)
+        if slot is not None:
+            await self._slots.rest(slot)
 
-    def _hold_root(self, box_id: str) -> subprocess.Popen[bytes] | None:
-        """A process that holds the root of a living box until it is killed.
-
-        Whoever lets go of an overlay last writes all to the disk first that anybody has changed in the pool, and does
-        not end before. It shall not be the box, for whose end others wait, nor the server.
-        """
-        try:
-            if (record := self._record(box_id)) is None or not record.lives():
-                return None
-            root = os.open(f"/proc/{record.pid}/root", os.O_PATH | os.O_CLOEXEC)
-            try:
-                command, null = ("setpriv", "--pdeathsig=KILL", "sleep", "60"), subprocess.DEVNULL
-                return subprocess.Popen(command, stdin=root, stdout=null, stderr=null, close_fds=False)
-            finally:
-                os.close(root)
-        except OSError as error:
-            _log.debug("the root of a box cannot be held", box=box_id, error=str(error))
-            return None
+    async def _leave(self, box_id: str) -> None:
+        if (leaving := await finished(partial(self._disks.leave, box_id))) is not None:
+            self._leaving.append(leaving)
 
     async def _end(self, box_id: str) -> int | None:
         """Kill everything in the box and clear up; its slot."""
@@ -251,6 +240,8 @@ class OciEngine:
         def limit() -> None:
             self._cgroups.limit(box_id, resources)
             self._disks.limit(box_id, resources.disk_bytes)
+            if record := self._record(box_id):
+                self._write(box_id, replace(record, disk_bytes=resources.disk_bytes))
 
         self._limits.pop(box_id, None)
         try:
@@ -297,7 +288,11 @@ class OciEngine:
 
     async def snapshot_digest(self, snapshot_id: str) -> str:
         """Of what a box sees over its image."""
-        return await manifest.digest(self._disks.path(snapshot_id) / "upper")
+        try:
+            async with self._disks.reading(snapshot_id) as folder:
+                return await manifest.digest(folder)
+        except OSError as error:
+            raise EngineError(f"cannot read {snapshot_id}: {error}") from error
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Its room comes back a little later."""
@@ -313,15 +308,12 @@ class OciEngine:
         return self._disks.path(box_id).exists()
 
     def disk_used(self, name: str) -> int | None:
-        """As of some seconds ago."""
+        """From its file system."""
         return self._disks.used(name)
 
-    async def disk_full(self, box_id: str) -> bool:
-        """Only a pool that copies has limits."""
-        try:
-            return await finished(partial(self._disks.full, box_id))
-        except OSError:
-            return False
+    def disk_room(self, box_id: str) -> float | None:
+        """From its file system."""
+        return self._disks.room(box_id)
 
     def cpu_seconds(self, box_id: str) -> float:
         """From its cgroup."""
@@ -352,7 +344,7 @@ class OciEngine:
                         _log.info("there is room on the disk below the storage: boxes can write")
             except OSError as error:
                 _log.error("storage cannot be kept up", error=str(error))
-            self._holders = [holder for holder in self._holders if holder.poll() is None]
+            self._leaving = [process for process in self._leaving if process.poll() is None]
             await asyncio.sleep(_TEND_S)
 
     async def boxes(self) -> dict[str, bool]:
@@ -396,6 +388,11 @@ class OciEngine:
         except (OSError, ValueError, TypeError):
             return None
 
+    def _write(self, box_id: str, record: Record) -> None:
+        new = self._boxes / box_id / "box.new"
+        new.write_text(json.dumps(asdict(record)))
+        new.rename(new.with_name("box.json"))
+
     def _traces(self) -> set[str]:
         folders = (self._boxes, self._states)
         found = {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
@@ -412,28 +409,27 @@ class OciEngine:
             "etc/hosts": _hosts(spec.hostname, link.address),
             "etc/resolv.conf": self._network.resolv_conf(link),
         }
-        disk = self._disks.path(spec.box_id)
-        kept = disk.exists()
+        most = spec.resources.disk_bytes
+        kept = self.has_disk(spec.box_id)
         if not kept:
-            self._disks.create(spec.box_id, slot.index, files, spec.snapshot_id)
-        self._disks.lift(spec.box_id, spec.resources.disk_bytes)
+            self._disks.create(spec.box_id, slot.index, files, most, spec.snapshot_id)
+        if kept or spec.snapshot_id is not None:
+            self._disks.lift(spec.box_id, most)
         if kept:
             self._disks.refresh(spec.box_id, files)
         self._cgroups.create(spec.box_id, spec.resources)
         (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
-        with _listen(folder) as listener:
+        with _listen(folder) as listener, self._disks.tree(spec.box_id) as disk:
             linux.private_mounts()
             rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
             self._lend_agent()
             self._start(spec.box_id, listener)
-        self._disks.limit(spec.box_id, spec.resources.disk_bytes)
+        self._disks.limit(spec.box_id, most)
         pid = int((folder / "pid").read_text())
         started = linux.start_time(pid)
         if started is None:
             raise EngineError(f"cannot start the box {spec.box_id}: its agent ended at once")
-        record = Record(linux.boot_id(), pid, started, slot.index)
-        (folder / "box.new").write_text(json.dumps(asdict(record)))
-        (folder / "box.new").rename(folder / "box.json")
+        self._write(spec.box_id, Record(linux.boot_id(), pid, started, slot.index, most))
 
     def _config(self, spec: BoxSpec, slot: Slot) -> dict[str, object]:
         namespaces = [{"type": "user", "path": slot.user_path}, {"type": "network", "path": slot.net_path}]

@@ -8,13 +8,9 @@ folders: without limits, and copied file by file.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
-import re
 import shutil
-import stat
-import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +18,7 @@ from typing import Literal
 
 import structlog
 
-from devboxd.engine import btrfs, linux
+from devboxd.engine import btrfs, linux, loops, volumes
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 
@@ -35,11 +31,6 @@ _FIRST = 16 * _GIB
 _LEAST = _GIB
 _MARGIN = 8 * _GIB
 """Growing begins when less is free beyond what was promised; nobody writes as much between two looks."""
-_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_SET_CAPACITY = 0x4C82, 0x4C0A, 0x4C07
-_AUTOCLEAR, _DIRECT_IO = 4, 16
-_TRIES = 16
-_NODE = max(4096, os.sysconf("SC_PAGE_SIZE"))
-"""Bytes of a block of names: counting what copies share takes as long as a block has entries, times the copies."""
 
 
 class Pool:
@@ -54,7 +45,7 @@ class Pool:
 
     @property
     def copies(self) -> bool:
-        """Whether disks are subvolumes: with limits, and copied in a moment."""
+        """Whether disks are volumes, each in a subvolume: with limits, and copied in a moment."""
         return self.kind != "folders"
 
     def open(self) -> None:
@@ -75,14 +66,13 @@ class Pool:
         self.look()
         if self.kind == "file":
             self._use_all()  # a server that was killed may have made only the file larger
-        if self.copies:
-            btrfs.enable_quotas(self.folder)
         usage = shutil.disk_usage(self.folder)
         _log.info("storage", kind=self.kind, bytes=usage.total, free=usage.free)
 
     def look(self) -> None:
         """Find out of which kind the pool is that a server has opened."""
-        self.kind = "file" if self.file.exists() else "btrfs" if btrfs.holds(self.folder) else "folders"
+        own = btrfs.holds(self.folder) and not any(self.folder.glob("*/upper")) and volumes.lack() is None
+        self.kind = "file" if self.file.exists() else "btrfs" if own else "folders"
 
     def close(self) -> None:
         """Take the mount away again; the disks of living boxes stay in use, and the folder closed to all but root."""
@@ -166,7 +156,7 @@ class Pool:
     @property
     def in_use(self) -> bool:
         """Whether anybody has the file attached, such as boxes that outlive their server."""
-        return any(_devices(self.file))
+        return loops.shown(self.file)
 
     @contextlib.contextmanager
     def _sizing(self) -> Iterator[int]:
@@ -176,8 +166,8 @@ class Pool:
             yield file.fileno()
 
     def _use_all(self) -> None:
-        with _device_of(self.file) as device:
-            fcntl.ioctl(device, _LOOP_SET_CAPACITY)
+        with loops.attached(self.file) as device:
+            loops.grow(device)
         btrfs.grow(self.folder)
 
     def _may_be_file(self) -> bool:
@@ -189,13 +179,13 @@ class Pool:
         usage = shutil.disk_usage(self._state)
         size = min(_FIRST, usage.free - reserve(usage.total))
         mkfs = shutil.which("mkfs.btrfs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-        why = None
+        why = volumes.lack()
         if size < _LEAST:
             why = "the disk of the state folder is too small"
         elif mkfs is None:
             why = "mkfs.btrfs is missing (package btrfs-progs)"
-        elif not Path("/dev/loop-control").exists() or "btrfs" not in Path("/proc/filesystems").read_text():
-            why = "the kernel offers no loop devices or no btrfs"
+        elif not linux.has_file_system("btrfs"):
+            why = "the kernel offers no btrfs"
         if why is not None or mkfs is None:
             _log.warning("storage without limits, snapshots copy file by file", reason=why)
             return False
@@ -203,7 +193,7 @@ class Pool:
         with temporary.open("wb") as file:
             os.fchmod(file.fileno(), 0o600)
             file.truncate(size)
-        command = (mkfs, "--quiet", "--force", f"--nodesize={_NODE}", temporary)
+        command = (mkfs, "--quiet", "--force", temporary)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             temporary.unlink()
@@ -213,81 +203,10 @@ class Pool:
 
     def _mount_file(self) -> None:
         try:
-            with _attached(self.file) as path:
+            with loops.attached(self.file) as path:
                 linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "discard=async")
         except OSError as error:
             raise SetupError(
                 f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error
-
-
-def _devices(file: Path) -> Iterator[str]:
-    """The loop devices that show a file."""
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        with contextlib.suppress(OSError):
-            if backing.read_text().rstrip("\n") == str(file):
-                yield backing.parts[3]
-
-
-@contextlib.contextmanager
-def _device_of(file: Path) -> Iterator[int]:
-    name = next(_devices(file), None)
-    if name is None:
-        raise OSError(errno.ENODEV, f"find the loop device of {file}")
-    descriptor = os.open(_node(name), os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _attached(file: Path) -> Iterator[str]:
-    """The device of a file: the one that there is, for two on one file would destroy it, or a new one.
-
-    The kernel takes it away with its last user, also when this program dies.
-    """
-    if any(_devices(file)):
-        with _device_of(file) as descriptor:
-            yield os.readlink(f"/proc/self/fd/{descriptor}")
-        return
-    for attempt in range(_TRIES):
-        with open("/dev/loop-control", "rb") as control:
-            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-        path = _node(f"loop{number}")
-        with contextlib.ExitStack() as opened:
-            device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            opened.callback(os.close, device)
-            try:
-                _configure(device, file)
-            except OSError as error:
-                if error.errno == errno.EBUSY and attempt < _TRIES - 1:  # another program was faster
-                    continue
-                raise
-            yield str(path)
-            return
-
-
-def _configure(device: int, file: Path) -> None:
-    backing = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        # struct loop_config: the file, the block size, struct loop_info64 of which only the flags matter
-        info = struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR | _DIRECT_IO) + bytes(176)
-        try:
-            fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64)))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            info = struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR) + bytes(176)  # no direct I/O below
-            fcntl.ioctl(device, _LOOP_CONFIGURE, bytearray(struct.pack("=II", backing, 0) + info + bytes(64)))
-    finally:
-        os.close(backing)
-
-
-def _node(name: str) -> Path:
-    """The device file of a loop device; containers often lack it."""
-    path = Path("/dev", name)
-    if not path.exists() and (number := re.fullmatch(r"loop(\d+)", name)):
-        os.mknod(path, 0o600 | stat.S_IFBLK, os.makedev(7, int(number[1])))
-    return path
