@@ -12,7 +12,6 @@ Under its name a disk is whole or not there: it is made under another one, and s
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -143,8 +142,13 @@ class Disks:
             making = self._making(first.name)
             self._delete(making)
             btrfs.create(making)
-            volumes.make(making / _IMAGE, size)
-            making.rename(first)
+            volume = volumes.make(making / _IMAGE, size)
+            try:
+                with volume.frozen():
+                    btrfs.snapshot(making, first, read_only=False)
+            finally:
+                volume.close()
+            self._delete(making)
         for _ in range(_STOCK):
             one = self._folder / f"{_EMPTY}{size}-{next(self._numbers)}"
             btrfs.create(one)
@@ -311,32 +315,34 @@ class Disks:
         self._delete(making)
         self._pool.promise(name, size)
         try:
-            async with self._filling(making) as folder:
+            async with self._filling(making, name) as folder:
                 if slot is not None:
                     (making / "slot").write_text(f"{slot}\n")
                 (making / _GIVEN).write_text(json.dumps(given))
                 await manifest.extract(archive, folder / "upper")
-            if self._pool.copies and name.startswith(_SNAPSHOT):
-                btrfs.snapshot(making, self._folder / name, read_only=True)
-            else:
-                making.rename(self._folder / name)
         finally:
             self._delete(making)
 
     @contextlib.asynccontextmanager
-    async def _filling(self, making: Path) -> AsyncIterator[Path]:
-        """A new disk for as much as any can hold; the folder in which its own are."""
+    async def _filling(self, making: Path, name: str) -> AsyncIterator[Path]:
+        """A new disk for as much as any can hold, which has its name after the block; the folder of `upper` in it."""
         if not self._pool.copies:
             for folder in (making, making / "upper", making / "work"):
                 folder.mkdir(mode=0o700)
             yield making
+            os.rename(making, self._folder / name)
             return
         await finished(partial(self._take_empty, volumes.LARGEST, making))
         volume = await finished(lambda: Volume(making / _IMAGE, new=True))
         try:
             yield volume.path
+            await finished(partial(self._keep, volume, making, name))
         finally:
             await finished(volume.close)
+
+    def _keep(self, volume: Volume, making: Path, name: str) -> None:
+        with volume.frozen():
+            btrfs.snapshot(making, self._folder / name, read_only=name.startswith(_SNAPSHOT))
 
     def given(self, box_id: str) -> dict[str, str]:
         """The files that the server wrote last into the box of a disk; none where an older server made it."""
@@ -392,25 +398,12 @@ class Disks:
 
     @contextlib.contextmanager
     def _at_rest(self, box_id: str) -> Iterator[None]:
-        """The disk of a box on which nothing changes, and all is written, for the length of the block.
-
-        Whoever finds it so, and nobody in such a block, comes after one who died there.
-        """
+        """The disk of a box on which nothing changes, and all is written, for the length of the block."""
         disk = self._folder / box_id
         with contextlib.ExitStack() as opened:
             volume = self._open.get(box_id)
-            with _locked(disk):
-                volume = volume or opened.enter_context(volumes.opened(disk / _IMAGE))
-            linux.write_back(volume.descriptor)
             opened.enter_context(_locked(disk))
-            try:
-                volume.freeze()
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                volume.thaw()
-                volume.freeze()
-            opened.callback(volume.thaw)
+            opened.enter_context((volume or opened.enter_context(volumes.opened(disk / _IMAGE))).frozen())
             yield
 
     def _upper(self, box_id: str) -> Path:

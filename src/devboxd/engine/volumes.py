@@ -8,6 +8,7 @@ is as large as the disk, sparse, and overwritten in place, so a block that was w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -43,14 +44,19 @@ def lack() -> str | None:
     return None
 
 
-def make(file: Path, size: int) -> None:
-    """Make an empty volume that holds `size` bytes. Raises OSError."""
+def make(file: Path, size: int) -> Volume:
+    """Make an empty volume that holds `size` bytes, and open it. Raises OSError."""
     with _created(file) as descriptor:
         os.truncate(descriptor, _whole(size))
     _run("mkfs.ext4", *_LAYOUT, str(file))
-    with opened(file, new=True) as volume:
+    volume = Volume(file, new=True)
+    try:
         (volume.path / "upper").mkdir(mode=0o755)
         (volume.path / "work").mkdir(mode=0o700)
+    except OSError:
+        volume.close()
+        raise
+    return volume
 
 
 def copy(source: Path, target: Path) -> None:
@@ -145,9 +151,25 @@ class Volume:
         """Have nothing of it written any more: it will be deleted. Raises OSError."""
         fcntl.ioctl(self.descriptor, _SHUT_DOWN, struct.pack("=I", _WITHOUT_WRITING))
 
-    def freeze(self) -> None:
-        """Write all that there is, and let whoever wants to change something wait. Raises OSError, EBUSY when it is."""
-        fcntl.ioctl(self.descriptor, _FREEZE, 0)
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Whole and clean in its file for the length of the block; who changes something waits. Raises OSError.
+
+        One that is frozen already was so by somebody who died: others must be kept out by the caller. A copy of the
+        file is to be taken in such a block, not after `close`: a process that is just started may be the last user.
+        """
+        linux.write_back(self.descriptor)
+        try:
+            fcntl.ioctl(self.descriptor, _FREEZE, 0)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self.thaw()
+            fcntl.ioctl(self.descriptor, _FREEZE, 0)
+        try:
+            yield
+        finally:
+            self.thaw()
 
     def thaw(self) -> None:
         """Let them go on; harmless for one that is not frozen."""
