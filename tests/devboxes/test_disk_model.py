@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.disks import READY
 from support.server import Server
 from support.tree import PREPARE, Tree, changes, differences, read_tree
 
@@ -98,7 +99,7 @@ class Disks:
         for box in self._ended:
             assert self._api.box(box)["status"] == "shutdown", f"{box} was shut down"
         folder, deadline = self._server.state / "disks", time.monotonic() + 60
-        while (left := _names(folder)) and time.monotonic() < deadline:
+        while (left := [name for name in _names(folder) if not name.startswith(READY)]) and time.monotonic() < deadline:
             time.sleep(0.05)  # what ended is removed in the background
         assert not left, "disks of nobody"
         self._api.http.close()

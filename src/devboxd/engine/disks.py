@@ -66,12 +66,20 @@ class Disks:
                 "make a backup by that version, and restore it with this one"
             )
         self._devices = {file: name for name, file in loops.devices()}
+        for path in self._folder.iterdir() if self._pool.copies else ():
+            self._thaw_left(path)
         for path in self._folder.iterdir():
             if path.name.startswith((_MAKING, _GOING, _SPARE, _EMPTY)):
                 self._delete(path)
             elif path.name.startswith(_BOX) and self._pool.copies:
                 with contextlib.suppress(OSError):
                     self._pool.promise(path.name, (path / _IMAGE).stat().st_size)
+
+    def _thaw_left(self, path: Path) -> None:
+        """What a server died over while it was frozen stays so, and in use, until somebody says otherwise."""
+        if known := self._devices.get(f"{path.name}/{_IMAGE}"):
+            with contextlib.suppress(OSError), volumes.opened(path / _IMAGE, known=known) as volume:
+                volume.thaw()
 
     def close(self) -> None:
         """Close the pool."""

@@ -198,9 +198,9 @@ class Volume:
 
 
 @contextlib.contextmanager
-def opened(file: Path, *, new: bool = False, read_only: bool = False) -> Iterator[Volume]:
+def opened(file: Path, *, known: str | None = None, read_only: bool = False) -> Iterator[Volume]:
     """A volume for the length of a block. Raises OSError."""
-    volume = Volume(file, new=new, read_only=read_only)
+    volume = Volume(file, known=known, read_only=read_only)
     try:
         yield volume
     finally:
