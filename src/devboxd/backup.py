@@ -171,7 +171,7 @@ async def _keep(disks: Disks, source: str | Path, target: Path, path: str, conte
     try:
         async with nullcontext(source) if isinstance(source, Path) else disks.reading(source) as folder:
             digest = await manifest.archive(folder, file)
-    except (EngineError, FileNotFoundError) as error:
+    except (EngineError, OSError) as error:
         file.unlink(missing_ok=True)
         if shutil.disk_usage(target).free < 1 << 20:
             raise

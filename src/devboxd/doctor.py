@@ -23,6 +23,7 @@ from devboxd.devboxes.views import SIZES
 from devboxd.engine import cgroups, linux, network, recipe, volumes, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
+from devboxd.engine.processes import which
 from devboxd.errors import SetupError
 
 Level = Literal["ok", "warning", "error"]
@@ -133,7 +134,7 @@ def _tools(settings: Settings) -> Iterator[Check]:
         ("nft", "nftables", "there is no wall around the boxes' network"),
         ("unshare", "util-linux", "namespaces of boxes cannot be made"),
     ):
-        if probes.which(tool) is None:
+        if which(tool) is None:
             yield Check(tool, "error", "missing", purpose, f"install the package {package}")
 
 
@@ -147,7 +148,7 @@ def _image(settings: Settings) -> Check:
         return Check(name, "warning", "not checked without root", "boxes start from it", "run doctor with sudo")
     if image is not None:
         return Check(name, "ok", f"built, {image.name}", "boxes start at once")
-    missing = [tool for tool in ("mmdebstrap", "setpriv", "tar") if probes.which(tool) is None]
+    missing = [tool for tool in ("mmdebstrap", "setpriv", "tar") if which(tool) is None]
     if missing:
         return Check(
             name,
@@ -272,7 +273,7 @@ def _storage(settings: Settings) -> Check:
         return Check(name, "ok", "btrfs", "each disk has a limit, and is copied in a moment while its box goes on")
     if disks.is_dir() and any(disks.iterdir()):
         lack, cure = f"disks lie in plain folders in {disks}", "end all boxes, delete all snapshots, empty the folder"
-    elif probes.which("mkfs.btrfs") is None:
+    elif which("mkfs.btrfs") is None:
         lack, cure = "mkfs.btrfs is missing", "install btrfs-progs before the first start"
     elif missing:
         lack, cure = missing, f"{_VOLUMES}, before the first start"
@@ -314,7 +315,7 @@ def _append_only(settings: Settings) -> Check:
 
 def _nftables() -> Check:
     name = "Nftables"
-    if probes.which("nft") is None:
+    if which("nft") is None:
         return Check(name, "error", "not tried, because nft is missing", "boxes have no wall", "install nftables")
     if problem := probes.wall():
         return Check(

@@ -20,17 +20,13 @@ from pathlib import Path
 
 from devboxd.engine import linux, rootfs
 from devboxd.engine.instance import IDS_PER_BOX, Instance
+from devboxd.engine.processes import which
 from devboxd.engine.wall import ruleset
 
 _SECONDS = 10
 _SAMPLE = 200
 _FIRST_ID = 1 << 29
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_APPEND_FL = 0x80086601, 0x40086602, 0x20
-
-
-def which(tool: str) -> str | None:
-    """The program's path, also where PATH lacks the folders of root."""
-    return shutil.which(tool, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
 
 
 def version_of(tool: str) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from devboxd import probes
 from devboxd.engine.disks import Disks
 from devboxd.engine.pool import Kind, Pool
+from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 
@@ -104,7 +105,7 @@ def check(state: Path) -> int:
         kind = probes.file_system(state)[0]
         tool = f"btrfs scrub start -B {state}" if kind == "btrfs" else f"the tools of {kind}"
         raise SetupError(f"cannot check the storage: it is part of the file system of {state}; use {tool}")
-    program = probes.which("btrfs")
+    program = which("btrfs")
     if program is None:
         raise SetupError("cannot check the storage: the program btrfs is missing; install btrfs-progs")
     if pool.mounted:

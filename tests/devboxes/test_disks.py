@@ -44,6 +44,7 @@ def test_a_full_disk_ends_writing_and_nothing_else(api: Api, server: Server) -> 
     assert "No space left" in api.run(fork, "head -c 200M /dev/zero >/tmp/third; sync")["stderr"]
     assert api.output(fork, "rm /tmp/large && echo again >/tmp/after && cat /tmp/after") == "again\n"
     api.shutdown(fork)
+    assert not _said(api, box, "the disk has room again"), "it had none when it slept either"
     assert api.output(box, "rm /tmp/large /tmp/more && echo again >/tmp/after && cat /tmp/after") == "again\n"
     _says(api, box, "the disk has room again")
     api.call("POST", f"/v1/devboxes/disk_snapshots/{snapshot['id']}/delete")
@@ -81,9 +82,13 @@ def _left(api: Api, box: str) -> int:
 def _says(api: Api, box: str, words: str) -> None:
     """Wait until the log of the devbox has these words; disks are counted a little late."""
     deadline = time.monotonic() + 60
-    while not any(words in str(line["message"]) for line in api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]):
+    while not _said(api, box, words):
         assert time.monotonic() < deadline, f"the log never says that {words}"
         time.sleep(0.1)
+
+
+def _said(api: Api, box: str, words: str) -> bool:
+    return any(words in str(line["message"]) for line in api.call("GET", f"/v1/devboxes/{box}/logs")["logs"])
 
 
 @pytest.fixture

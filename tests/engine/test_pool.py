@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from devboxd.engine import loops, pool, spares
+from devboxd.engine import btrfs, loops, pool, spares, volumes
 from devboxd.engine.disks import Disks
+from devboxd.errors import SetupError
 from support.disks import upper, volumes_of
 
 pytestmark = pytest.mark.box
@@ -204,6 +206,62 @@ def test_a_copy_of_a_disk_may_be_larger_or_smaller(state: Path) -> None:
         assert (folder / "file").read_text() == "kept"
 
 
+def test_a_disk_has_an_end_of_names_too(state: Path) -> None:
+    file = state / "disks" / "image"
+    volume = volumes.make(file, 64 << 20)
+    try:
+        assert volume.room() > 0.9
+        with pytest.raises(OSError, match="No space left"):
+            _name(volume.path / "upper", range(20_000))
+        assert volume.room() == 0
+        (volume.path / "upper" / "7").unlink()
+        (volume.path / "upper" / "again").touch()
+    finally:
+        volume.drop()
+        volume.close()
+
+
+def test_disks_of_an_earlier_version_are_refused_and_stay(state: Path) -> None:
+    found = pool.Pool(state)
+    found.open()
+    btrfs.create(found.folder / "dbx_old")
+    (found.folder / "dbx_old" / "upper").mkdir()
+    (found.folder / "dbx_old" / "upper" / "file").write_text("kept")
+    with pytest.raises(SetupError, match="an earlier version of devboxd wrote dbx_old; make a backup by that version"):
+        Disks(found).open()
+    assert (found.folder / "dbx_old" / "upper" / "file").read_text() == "kept"
+    btrfs.delete(found.folder / "dbx_old")
+
+
+def test_empty_disks_that_cannot_be_made_leave_nothing(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = Disks(pool.Pool(state))
+    disks.open()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(volumes, "copy", refuse)
+    for _ in range(3):
+        with pytest.raises(OSError, match="no room"):
+            disks.create("dbx_1", 0, {}, GIB, None)
+        disks.remove("dbx_1")
+    assert _empty(state) == {f".empty-{GIB}"}
+
+
+def test_a_disk_is_let_go_where_no_program_can_be_started(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = Disks(pool.Pool(state))
+    disks.open()
+    disks.create("dbx_1", 0, {}, GIB, None)
+    with upper(state, "dbx_1") as folder:
+        (folder / "file").write_text("kept")
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(state))
+        assert disks.leave("dbx_1") is None
+    assert volumes_of(state) == []
+    with upper(state, "dbx_1") as folder:
+        assert (folder / "file").read_text() == "kept"
+
+
 def test_a_snapshot_that_a_kill_cut_lets_the_box_go_on(state: Path) -> None:
     """The kernel holds a file system for as long as nobody says otherwise, whatever became of who asked for it."""
     disks = Disks(pool.Pool(state))
@@ -267,6 +325,11 @@ def _devices(file: Path) -> list[Path]:
     return [
         path for path in Path("/sys/block").glob("loop*/loop/backing_file") if path.read_text().strip() == str(file)
     ]
+
+
+def _name(folder: Path, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        (folder / str(number)).touch()
 
 
 def _fill(folder: Path) -> None:

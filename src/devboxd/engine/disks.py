@@ -23,6 +23,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from devboxd.engine import btrfs, linux, loops, manifest, volumes
 from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
@@ -31,6 +33,7 @@ from devboxd.engine.processes import piped
 from devboxd.engine.volumes import Volume
 from devboxd.errors import SetupError
 
+_log = structlog.get_logger(__name__)
 _GIVEN, _IMAGE = "given", "image"
 _BOX, _SNAPSHOT = "dbx_", "snp_"
 _STOCK = 16
@@ -60,11 +63,12 @@ class Disks:
         self._pool.open()
         with contextlib.suppress(BlockingIOError), self._stills():
             self._forget_stills()
-        if self._pool.copies and (old := next(self._folder.glob("*/upper"), None)):
-            raise SetupError(
-                f"cannot use the disks in {self._folder}: an earlier version of devboxd wrote {old.parent.name}; "
-                "make a backup by that version, and restore it with this one"
-            )
+        for upper in self._folder.glob("*/upper") if btrfs.holds(self._folder) else ():
+            if btrfs.is_subvolume(upper.parent):
+                raise SetupError(
+                    f"cannot use the disks in {self._folder}: an earlier version of devboxd wrote {upper.parent.name}; "
+                    "make a backup by that version, and restore it with this one"
+                )
         self._devices = {file: name for name, file in loops.devices()}
         for path in self._folder.iterdir() if self._pool.copies else ():
             self._thaw_left(path)
@@ -160,7 +164,11 @@ class Disks:
         for _ in range(_STOCK):
             one = self._folder / f"{_EMPTY}{size}-{next(self._numbers)}"
             btrfs.create(one)
-            volumes.copy(first / _IMAGE, one / _IMAGE)
+            try:
+                volumes.copy(first / _IMAGE, one / _IMAGE)
+            except OSError:
+                btrfs.delete(one)
+                raise
             self._empty.setdefault(size, []).append(one)
 
     def refresh(self, box_id: str, files: Mapping[str, str]) -> None:
@@ -231,14 +239,20 @@ class Disks:
                 volume.bound(0 if held else self._bounds[box_id])
 
     def leave(self, box_id: str) -> subprocess.Popen[bytes] | None:
-        """Let go of the disk of a box that has ended, by a process: who does so last waits until all is written."""
+        """Let go of the disk of a box that has ended, by a process: who does so last waits until all is written.
+
+        Where there can be no process, that is this one.
+        """
         self._bounds.pop(box_id, None)
         if (volume := self._open.pop(box_id, None)) is None:
             return None
         try:
             command = ("setpriv", "--pdeathsig=KILL", "sync", "--file-system", "/proc/self/fd/0")
             null = subprocess.DEVNULL
-            return subprocess.Popen(command, stdin=volume.descriptor, stdout=null, stderr=null)
+            return subprocess.Popen(command, stdin=volume.descriptor, stdout=null, stderr=null, close_fds=False)
+        except OSError as error:
+            _log.warning("no program can write a disk back; the server does", box=box_id, error=str(error))
+            return None
         finally:
             volume.close()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 
 from devboxd.engine.base import EngineError
+from devboxd.engine.processes import which
 
 _PACKAGES = {"ip": "iproute2", "nft": "nftables"}
 
@@ -23,7 +22,7 @@ def nft(rules: str) -> None:
 
 def run(name: str, *arguments: str, text: str = "") -> str:
     """Run `ip` or `nft` with `text` as its input; its output. Raises EngineError."""
-    program = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    program = which(name)
     if program is None:
         raise EngineError(f"cannot set up the network: {name} is missing; install the package {_PACKAGES[name]}")
     # All descriptors of the server close at an exec by themselves; to go through thousands of them first takes long.

@@ -39,6 +39,7 @@ from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.pool import Pool
+from devboxd.engine.processes import which
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
 from devboxd.engine.turns import Turns
@@ -81,7 +82,7 @@ class OciEngine:
 
     def __init__(self, settings: Settings, instance: Instance, network: Network) -> None:
         """Raises SetupError when the runtime, libseccomp or the controllers of cgroups are missing."""
-        runtime = shutil.which(settings.runtime, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        runtime = which(settings.runtime)
         if runtime is None:
             raise SetupError(
                 f"cannot find the OCI runtime {settings.runtime!r}; install it (Debian, Ubuntu: apt-get install crun)"

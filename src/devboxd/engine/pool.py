@@ -19,6 +19,7 @@ from typing import Literal
 import structlog
 
 from devboxd.engine import btrfs, linux, loops, volumes
+from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 
@@ -71,7 +72,8 @@ class Pool:
 
     def look(self) -> None:
         """Find out of which kind the pool is that a server has opened."""
-        own = btrfs.holds(self.folder) and not any(self.folder.glob("*/upper")) and volumes.lack() is None
+        known = any(self.folder.glob("*/image")) or (volumes.lack() is None and not any(self.folder.glob("*/upper")))
+        own = btrfs.holds(self.folder) and known
         self.kind = "file" if self.file.exists() else "btrfs" if own else "folders"
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ class Pool:
         """Make the file with an empty file system; False with a word in the log where that is not possible."""
         usage = shutil.disk_usage(self._state)
         size = min(_FIRST, usage.free - reserve(usage.total))
-        mkfs = shutil.which("mkfs.btrfs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        mkfs = which("mkfs.btrfs")
         why = volumes.lack()
         if size < _LEAST:
             why = "the disk of the state folder is too small"

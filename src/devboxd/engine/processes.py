@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 
 from devboxd.engine.base import EngineError
 
 _SAID = 4096
+
+
+def which(program: str) -> str | None:
+    """A program's path, also where PATH lacks the folders of root."""
+    return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
 
 
 async def piped(*commands: Sequence[str], what: str) -> bytes:

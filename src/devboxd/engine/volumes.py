@@ -11,13 +11,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from devboxd.engine import linux, loops
+from devboxd.engine.processes import which
 
 LARGEST = 64 << 30
 """Bytes that the largest disk holds."""
@@ -37,7 +37,7 @@ _SUPERBLOCK, _MAGIC = 1024, 0xEF53
 
 def lack() -> str | None:
     """What this machine lacks for volumes, with what helps."""
-    if _found("mkfs.ext4") is None:
+    if which("mkfs.ext4") is None:
         return "mkfs.ext4 is missing (package e2fsprogs)"
     if not loops.available() or not linux.has_file_system("ext4"):
         return "the kernel offers no loop devices or no ext4"
@@ -208,11 +208,10 @@ def opened(file: Path, *, known: str | None = None, read_only: bool = False) -> 
 
 
 def _run(program: str, *arguments: str) -> None:
-    command = (_found(program) or program, *arguments)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if (path := which(program)) is None:
+        raise OSError(f"cannot find {program}; install e2fsprogs")
+    command = (path, *arguments)
+    null = subprocess.DEVNULL
+    done = subprocess.run(command, stdin=null, capture_output=True, text=True, check=False, close_fds=False)
     if done.returncode:
-        raise OSError(f"{program} {arguments[-1]} failed: {done.stderr.strip()[-500:]}")
-
-
-def _found(program: str) -> str | None:
-    return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        raise OSError(f"cannot make the disk {arguments[-1]}: {program} said: {done.stderr.strip()[-500:]}")
