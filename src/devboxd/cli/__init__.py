@@ -1,0 +1,56 @@
+"""The command line. Modules are imported where they are used: `--help` and the client commands start fast."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from devboxd import __version__
+from devboxd.cli import backup, boxes, keys, server, snapshots, storage
+from devboxd.cli.printing import refuse, say
+from devboxd.errors import ApiError, SetupError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def main() -> NoReturn:
+    """Run the command line. Every refusal is one line on standard error that begins with "cannot"; exit code 2."""
+    try:
+        sys.exit(cli.main(standalone_mode=False, prog_name="devboxd"))
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.exit(say(error.ctx.get_help() if error.ctx else ""))
+    except click.ClickException as error:
+        sys.exit(refuse(_usage_words(error)))
+    except (SetupError, ApiError) as error:
+        sys.exit(refuse(str(error)))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        sys.exit(141)
+
+
+def _usage_words(error: click.ClickException) -> str:
+    reason = error.format_message().rstrip(".")
+    where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "devboxd"
+    return f"cannot run this command: {reason[:1].lower()}{reason[1:]}; see `{where} --help`"
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="devboxd", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Isolated Linux machines for agents, on your own hardware.
+
+    Start the server with `devboxd serve`, make a key with `devboxd keys create`, and point a Runloop client or
+    `devboxd boxes` at it.
+    """
+
+
+for _command in (
+    *(server.serve, server.systemd_unit, server.doctor_command, server.image, storage.storage),
+    *(keys.keys, boxes.boxes, snapshots.snapshot, backup.backup_command, backup.restore_command),
+):
+    cli.add_command(_command)

@@ -1,0 +1,5 @@
+"""`python -m devboxd.cli`."""
+
+from devboxd.cli import main
+
+main()
