@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check conformance bench crash fuzz
+.PHONY: help setup demo test check conformance packages bench crash fuzz
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
@@ -18,6 +18,9 @@ check: ## lint, types, import rule and fast tests
 
 conformance: ## run the live tests of the official client 3.0.0 against a fresh server
 	@scripts/setup && .venv/bin/python scripts/conformance.py
+
+packages: ## install a hundred packages of Debian, each in a devbox of its own, and try them
+	@scripts/setup && .venv/bin/python scripts/packages.py
 
 bench: ## measure the figures of SPECIFICATION.md and write them into it
 	@scripts/setup && .venv/bin/python scripts/bench.py

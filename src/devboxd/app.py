@@ -66,6 +66,7 @@ class Readiness:
 
     def __init__(self) -> None:
         self.state: Unready | None = None
+        self._tenths = 0
         self.starting("the server is starting")
 
     def starting(self, reason: str) -> None:
@@ -77,8 +78,11 @@ class Readiness:
         self.state = Unready("the server stops; it is back soon", hold_s=0.5, retry_after=STOPPING_S)
 
     def progress(self, done: float, text: str) -> None:
-        """Show how far the default image has come."""
+        """Show how far the default image has come; the log tells each tenth."""
         self.starting(f"the default image is being built: {done:.0%}, {text}")
+        if done < 1 and int(done * 10) >= self._tenths:
+            self._tenths = int(done * 10) + 1
+            _log.info("the default image is being built, once for this machine", done=f"{done:.0%}", step=text)
 
 
 def _give_memory_back() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def test_the_host_s_debian_mirror_is_inherited(tmp_path: Path, files: dict[str, 
 )
 def test_mirrors_that_boxes_cannot_use_are_not_inherited(tmp_path: Path, uri: str) -> None:
     root = host(tmp_path, {"etc/os-release": DEBIAN, "etc/apt/sources.list": f"deb {uri} bookworm main\n"})
-    assert recipe.mirrors(Settings(), {}, root).archive == "http://deb.debian.org/debian"
+    found = recipe.mirrors(Settings(), {}, root)
+    assert (found.archive, recipe.sources(found)) == (None, ())
 
 
 def test_mirrors_of_another_distribution_are_not_inherited(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_mirrors_of_another_distribution_are_not_inherited(tmp_path: Path) -> No
         "etc/os-release": 'ID=ubuntu\nVERSION_CODENAME="noble"\n',
         "etc/apt/sources.list": "deb http://u.test/u noble main\n",
     }
-    assert recipe.mirrors(Settings(), {}, host(tmp_path, files)).archive == "http://deb.debian.org/debian"
+    assert recipe.mirrors(Settings(), {}, host(tmp_path, files)).archive is None
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,7 @@ def test_others_wait_for_the_builder_and_show_its_progress(tmp_path: Path) -> No
 @needs_root
 def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
     settings = settings_at(tmp_path)
+    before = set(Path(tempfile.gettempdir()).glob("mmdebstrap.*"))
 
     async def main() -> None:
         started = asyncio.Event()
@@ -225,6 +228,7 @@ def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
     asyncio.run(main())
     assert {path.suffix for path in (settings.cache / "images").iterdir()} == {".lock"}
     assert Images(settings).default() is None
+    assert set(Path(tempfile.gettempdir()).glob("mmdebstrap.*")) <= before
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
     assert [line for line in commands() if str(tmp_path) in line] == []
 
@@ -309,6 +313,51 @@ def test_a_login_shell_starts_no_process_and_keeps_path(rootfs: Path) -> None:
 
 
 @needs_root
+def test_node_is_an_official_build_of_the_lts_whose_npm_may_update_itself(rootfs: Path) -> None:
+    out = user_runs(
+        rootfs,
+        "node -p 'process.release.lts && process.execPath'; npm config get prefix; "
+        "test -w $(npm root -g)/npm/package.json && npm install -g npm@latest >/dev/null; npm --version; npx --version",
+    ).splitlines()
+    assert out[:2] == ["/usr/local/bin/node", "/usr/local"]
+    assert out[2] == out[3]
+
+
+@needs_root
+def test_alternatives_of_the_manual_find_their_folders(rootfs: Path) -> None:
+    """Of /usr/share/man only the pages are left out, so that the scripts of packages can make links beside them."""
+    link = "/usr/share/man/man1/probe.1.gz"
+    out = user_runs(
+        rootfs,
+        f"sudo update-alternatives --quiet --install /usr/bin/probe probe /bin/true 1 --slave {link} probe.1.gz "
+        f"/etc/hosts && readlink {link}",
+    )
+    assert out == "/etc/alternatives/probe.1.gz\n"
+
+
+@needs_root
+def test_the_lists_of_packages_are_fetched_once_and_again_when_they_are_old(rootfs: Path) -> None:
+    """By a stand-in for apt-get that tells how it is called."""
+    out = user_runs(
+        rootfs,
+        "sudo tee /usr/bin/apt-get >/dev/null <<'END'\n"
+        "#!/bin/sh\n"
+        'echo "apt-get $*"; case " $* " in *" update "*) : >/var/lib/apt/lists/x_Packages ;; esac\n'
+        "END\n"
+        "sudo apt-get remove x; apt-get install x; sudo apt-get -y install x; sudo apt-get install y; "
+        "sudo touch -d '2 days ago' /var/lib/apt/lists/x_Packages; sudo apt-get upgrade; sudo apt-get update",
+    )
+    assert out.splitlines() == [
+        "apt-get remove x",
+        "apt-get install x",
+        *("apt-get -qq update", "apt-get -y install x"),
+        "apt-get install y",
+        *("apt-get -qq update", "apt-get upgrade"),
+        "apt-get update",
+    ]
+
+
+@needs_root
 def test_only_known_programs_change_the_user(rootfs: Path) -> None:
     found = set()
     for folder, _, names in os.walk(rootfs):
@@ -332,7 +381,7 @@ def test_nothing_of_the_host_is_in_the_image(rootfs: Path) -> None:
 def test_packages_are_installed_by_every_tool(rootfs: Path) -> None:
     out = user_runs(
         rootfs,
-        "(sudo apt-get update && sudo apt-get install -y tree && pip install six && npm install -g ms) >/tmp/log 2>&1 "
+        "(sudo apt-get install -y tree && pip install six && npm install -g ms) >/tmp/log 2>&1 "
         "|| { cat /tmp/log; exit 1; }; command -v tree; python3 -c 'import six; print(six.__name__)'; "
         "npm ls -g --parseable",
     )

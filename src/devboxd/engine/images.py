@@ -19,6 +19,7 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from devboxd.config import Settings
@@ -33,7 +34,8 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _WAIT_SECONDS = 0.2
 _NETWORK = re.compile(
     r"failed to fetch|could not resolve|could not connect|connection (failed|refused|timed out)|network is unreachable|"
-    r"failed to download|temporary failure|no longer has a release file|cannot initiate the connection",
+    r"failed to download|temporary failure|no longer has a release file|cannot initiate the connection|"
+    r"failed to establish a new connection|could not find a version",
     re.IGNORECASE,
 )
 
@@ -76,6 +78,8 @@ class Images:
         Raises EngineError that says what is missing on this machine and how to get it, and SetupError for a CA
         certificate that cannot be used. Cancelling ends a build.
         """
+        if os.geteuid() != 0:
+            raise EngineError("cannot look for the image: images belong to root; run this as root")
         name = await asyncio.to_thread(recipe.digest, self._settings)
         if image := self._image(name):
             self._ensured = image
@@ -128,8 +132,9 @@ class Images:
         tell(0.0, "preparing the image")
         try:
             await finished(lambda: _stage(folder, self._settings))
-            await _run(_command(folder, self._settings), lock, tell)
-            await finished(lambda: shutil.rmtree(folder / "files"))
+            await _run(_command(folder, self._settings), folder / "tmp", lock, tell)
+            for part in ("files", "tmp"):
+                await finished(partial(shutil.rmtree, folder / part))
             await finished(os.sync)
             folder.rename(self._folder / name)
         except OSError as error:
@@ -142,8 +147,6 @@ class Images:
 
 
 def _check_tools() -> None:
-    if os.geteuid() != 0:
-        raise EngineError("cannot build the image: this needs root; run `devboxd image build` as root")
     packages = {"mmdebstrap": "mmdebstrap", "setpriv": "util-linux", "unshare": "util-linux", "tar": "tar"}
     missing = sorted({package for tool, package in packages.items() if shutil.which(tool) is None})
     if missing:
@@ -174,6 +177,7 @@ def _stage(folder: Path, settings: Settings) -> None:
     """An empty build folder with the files that the image gets beside its packages."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o755)
+    (folder / "tmp").mkdir(mode=0o1777)
     for path, (mode, content) in recipe.files(settings).items():
         target = folder / "files" / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,10 +205,11 @@ def _command(folder: Path, settings: Settings) -> list[str]:
     ]
 
 
-async def _run(command: list[str], lock: int, tell: Progress) -> None:
+async def _run(command: list[str], temporary: Path, lock: int, tell: Progress) -> None:
     """Run the builder to its end. Whatever happens, nothing of it lives when this returns."""
     environment = {key: value for key, value in os.environ.items() if key.lower().endswith("_proxy")}
     environment |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin", "LC_ALL": "C.UTF-8"}
+    environment["TMPDIR"] = str(temporary)  # what a builder that is killed cannot remove goes with the folder
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
@@ -269,10 +274,10 @@ class _Meter:
 
 def _explain(lines: list[str], status: int) -> str:
     """What went wrong, its cause in the builder's own words, and what helps."""
-    errors = [line for line in lines if re.match(r"(E|Err|W):|dpkg: error|tar:|sh:|visudo", line)] or lines[-5:]
+    errors = [line for line in lines if re.match(r"(E|Err|W):|ERROR:|dpkg: error|tar:|sh:|visudo", line)] or lines[-5:]
     text = "\n".join(lines)
     if _NETWORK.search(text):
-        cure = "check this machine's network, or set apt_mirror to a mirror of Debian that it reaches"
+        cure = "check this machine's network, or set apt_mirror and pip_index_url to mirrors that it reaches"
     elif "No space left" in text:
         cure = "free 2 GB of disk space or name another folder as cache"
     elif re.search(r"NO_PUBKEY|not signed|signatures? (were|was) invalid|couldn't be verified", text):
