@@ -313,7 +313,7 @@ def path_rows() -> list[str]:
         program, marks = Path(name, "devboxd"), Path(name, "marks")
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/scripts/bench_path.py "$@"\n')
         program.chmod(0o755)
-        os.environ["DEVBOXD_MARKS"] = str(marks)
+        os.environ["BENCH_MARKS"] = str(marks)
         server = Server(program).start()
         try:
             bench = Bench(server)
@@ -327,7 +327,7 @@ def path_rows() -> list[str]:
             found = list(bench_path.spans(json.loads(marks.read_text())))[-500:]
         finally:
             server.stop()
-            del os.environ["DEVBOXD_MARKS"]
+            del os.environ["BENCH_MARKS"]
     medians = [quantile(sorted(column), 0.5) for column in zip(*found, strict=True)]
     steps = [f"| {text} | {took:.2f} |" for (_, text), took in zip(bench_path.STEPS, medians, strict=True)]
     rest = f"| HTTP below the application, the loopback, the client | {max(0.0, whole - sum(medians)):.2f} |"

@@ -1,6 +1,6 @@
 """Where the time of one `execute` goes: the real server with marks around its steps, and one client.
 
-As a program it is `devboxd` with marks; on SIGUSR1 it writes them to the file that DEVBOXD_MARKS names.
+As a program it is `devboxd` with marks; on SIGUSR1 it writes them to the file that BENCH_MARKS names.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def serve() -> None:
     before(Executions, "_complete", "end", "answer")
 
     def write(*_: object) -> None:
-        Path(os.environ["DEVBOXD_MARKS"]).write_text(json.dumps(MARKS))
+        Path(os.environ["BENCH_MARKS"]).write_text(json.dumps(MARKS))
 
     signal.signal(signal.SIGUSR1, write)
     from devboxd.cli import main

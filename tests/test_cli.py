@@ -170,12 +170,37 @@ def test_the_unit_runs_this_installation() -> None:
     unit = devboxd("systemd-unit", "--state", "/srv/my boxes%", "--port", "9", *names).stdout
     for line in (
         "KillMode=process", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity", "Type=notify",
-        "LimitNOFILE=1048576",
+        "LimitNOFILE=1048576", "LimitCORE=0", "UMask=0077",
     ):  # fmt: skip
         assert line in unit.splitlines()
     command = next(line for line in unit.splitlines() if line.startswith("ExecStart=/"))
     assert command.endswith(' serve --state "/srv/my boxes%%" --port 9 --domain a.example --domain b.example')
     assert Path(command.removeprefix("ExecStart=").split()[0]).exists()
+
+
+def test_boxes_are_the_same_under_the_mask_of_the_unit() -> None:
+    look = "umask; find / -maxdepth 4 -not -path '/proc/*' -not -path '/sys/*' -printf '%m %u %g %p\\n' | sort -k 4"
+    shown = []
+    for umask in (0o022, 0o077):
+        server = Server(warm_boxes="1")
+        server.umask = umask
+        try:
+            server.start()
+            with server.api() as api:
+                cold = api.create(launch_parameters={"user_parameters": {"username": "eve", "uid": 1234}})
+                warm = api.create()
+                api.write(warm, "folder/file", "x")
+                api.upload(warm, "other/file", b"x")
+                snapshot = api.call("POST", f"/v1/devboxes/{warm}/snapshot_disk", {})["id"]
+                copy = api.create(snapshot_id=snapshot)
+                api.call("POST", f"/v1/devboxes/{copy}/suspend")
+                api.wait_box(copy, "suspended")
+                api.call("POST", f"/v1/devboxes/{copy}/resume")
+                api.wait_box(copy, "running")
+                shown.append([api.streamed(box, api.run(box, look)["execution_id"]) for box in (cold, warm, copy)])
+        finally:
+            server.stop()
+    assert shown[0] == shown[1]
 
 
 def test_systemd_hears_that_the_server_is_ready(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_every_setting_can_come_from_the_environment() -> None:
     for field in msgspec.structs.fields(Settings):
         declared = field.type.__origin__ if hasattr(field.type, "__metadata__") else field.type  # of Annotated
         kind = getattr(declared, "__name__", "") if isinstance(declared, type) else ""
-        environ[f"DEVBOXD_{field.name.upper()}"] = texts.get(kind, "/a,/b" if "Path" in str(field.type) else "a, b")
+        choice = "json" if "Literal" in str(field.type) else "a, b"
+        environ[f"DEVBOXD_{field.name.upper()}"] = texts.get(kind, "/a,/b" if "Path" in str(field.type) else choice)
     settings = load({}, environ)
     assert settings.domains == ("a", "b")
     assert settings.ca_certificates == (Path("/a"), Path("/b"))
@@ -79,7 +80,68 @@ def test_a_named_file_must_exist(file: Path) -> None:
             load({}, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("name", "text"), [("PORT", "x"), ("PORT", ""), ("NESTED_USER_NAMESPACES", "maybe")])
-def test_a_wrong_value_in_the_environment_is_refused(name: str, text: str) -> None:
-    with pytest.raises(SetupError, match="cannot use the settings"):
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("PORT", "x", "a whole number from 1 to 65535"),
+        ("PORT", "", "a whole number from 1 to 65535"),
+        ("PORT", "0", "a whole number from 1 to 65535"),
+        ("PORT", "65536", "a whole number from 1 to 65535"),
+        ("WARM_BOXES", "-1", "a whole number from 0 to 1024"),
+        ("POOL_SIZE", "0", "a whole number from 1 to 1024"),
+        ("RETENTION_SECONDS", "-1", "a whole number from 0"),
+        ("EXECUTIONS_PER_BOX", "0", "a whole number from 1"),
+        ("JOURNAL_CAP_BYTES", "1.5", "a whole number from 1"),
+        ("NESTED_USER_NAMESPACES", "maybe", "true or false"),
+        ("LOG_FORMAT", "yaml", "one of auto, text, json"),
+        ("STATE", "", "a path"),
+        ("HOST", "", "a text"),
+    ],
+)
+def test_a_wrong_value_in_the_environment_is_refused(name: str, text: str, wanted: str) -> None:
+    with pytest.raises(
+        SetupError, match=f"^cannot use the value '{text}' of the environment variable DEVBOXD_{name}: "
+    ) as refusal:
         load({}, {"DEVBOXD_CONFIG": "/dev/null", f"DEVBOXD_{name}": text})
+    assert str(refusal.value).endswith(f"give {wanted}")
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("warm_boxes = -1", "a whole number from 0 to 1024"),
+        ("port = [1]", "a whole number from 1 to 65535"),
+        ('nested_user_namespaces = "maybe"', "true or false"),
+        ('deny_cidrs = "10.0.0.0/8"', "a list of texts"),
+        ("deny_cidrs = [1]", "a list of texts"),
+        ('state = ""', "a path"),
+        ("state = 1", "a path"),
+        ('log_format = "yaml"', "one of auto, text, json"),
+        ("host = 1", "a text"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_refused(file: Path, content: str, wanted: str) -> None:
+    file.write_text(content)
+    with pytest.raises(SetupError, match=f"^cannot use the value.* of '{content.split()[0]}' in {file}: give {wanted}"):
+        load({}, {}, file)
+
+
+def test_a_name_that_is_no_setting_is_refused_with_those_that_are_like_it(file: Path) -> None:
+    file.write_text("warm_box = 1")
+    with pytest.raises(SetupError, match=f"^cannot use 'warm_box' in {file}: there is no such setting; warm_boxes is"):
+        load({}, {}, file)
+    for name, near in (("PROT", "DEVBOXD_PORT"), ("CONFG", "DEVBOXD_CONFIG"), ("KEYS", "DEVBOXD_KEY")):
+        with pytest.raises(SetupError, match=f"variable DEVBOXD_{name}: there is no such setting; {near}") as refusal:
+            load({}, {"DEVBOXD_CONFIG": "/dev/null", f"DEVBOXD_{name}": "ak_secret"})
+        assert "ak_secret" not in str(refusal.value)
+    with pytest.raises(SetupError, match="DEVBOXD_XYZZYX.*devboxd serve --help"):
+        load({}, {"DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_XYZZYX": "1"})
+
+
+def test_variables_of_client_commands_and_of_others_are_let_be() -> None:
+    environ = {"DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_URL": "x", "DEVBOXD_KEY": "x", "_DEVBOXD_COMPLETE": "x"}
+    assert load({}, environ) == Settings()
+
+
+def test_an_empty_text_is_as_good_as_none() -> None:
+    assert load({}, {"DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_APT_MIRROR": "", "DEVBOXD_DENY_CIDRS": ""}) == Settings()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -14,6 +14,10 @@ from devboxd.errors import SetupError
 
 DEFAULT_FILE = Path("/etc/devboxd/devboxd.toml")
 PREFIX = "DEVBOXD_"
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -25,7 +29,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Folder of images, shared by all servers of the machine; safe to delete while none runs."""
     host: str = "127.0.0.1"
     """Address to listen on."""
-    port: int = 8080
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 8080
     """Port to listen on."""
     domains: tuple[str, ...] = ()
     """Further host names under which clients reach the server; others get 421."""
@@ -35,13 +39,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """OCI runtime: crun or runc, by name or absolute path."""
     nested_user_namespaces: bool = False
     """Allow new user namespaces inside boxes (browsers' sandboxes and bwrap want them)."""
-    retention_seconds: int = 7 * 86400
+    retention_seconds: Count = 7 * 86400
     """How long executions and journals of an ended box stay readable."""
-    journal_cap_bytes: int = 1 << 30
+    journal_cap_bytes: Positive = 1 << 30
     """Most bytes kept of one output stream of one execution."""
-    journals_per_box_bytes: int = 16 << 30
+    journals_per_box_bytes: Positive = 16 << 30
     """Most bytes of output kept of all executions of a box together. Past half of it, less is kept of each new one."""
-    executions_per_box: int = 256
+    executions_per_box: Positive = 256
     """Most executions that run at once in one box."""
     deny_cidrs: tuple[str, ...] = ()
     """Networks that boxes may not reach, besides those that they never may."""
@@ -57,15 +61,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Index of pip in boxes; unset: the host's, when boxes can reach it."""
     npm_registry: str | None = None
     """Registry of npm in boxes; unset: the host's, when boxes can reach it."""
-    disk_bytes_per_second: Annotated[int, msgspec.Meta(ge=0)] = 0
+    disk_bytes_per_second: Count = 0
     """Most bytes that each new box reads from the disk in a second, and writes to it; 0: as many as the disk gives."""
-    pool_size: int = 4
+    pool_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
     """How many namespaces with network are kept ready for new boxes."""
-    warm_boxes: int = 2
+    warm_boxes: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 2
     """How many empty boxes are kept ready for new devboxes, about 1 MiB of memory each."""
-    suspend_keep_memory_seconds: int = 0
+    suspend_keep_memory_seconds: Count = 0
     """How long a suspended devbox keeps its processes, frozen: resumed before, it goes on where it was."""
-    log_format: str = "auto"
+    log_format: Literal["auto", "text", "json"] = "auto"
     """`text`, `json`, or `auto`: text on a terminal."""
 
 
@@ -76,40 +80,99 @@ def load(
 ) -> Settings:
     """Merge all sources; the later of defaults, file, environment, overrides wins. Overrides that are None are absent.
 
-    Raises SetupError that names the source and the key when a value does not fit.
+    Raises SetupError that names the source and the key when one is unknown or its value does not fit.
     """
-    merged: dict[str, Any] = {}
+    values = _from_file(file, environ) | _from_environment(environ)
+    for key, value in overrides.items():
+        if value is not None:
+            values[key] = _fitting(key, value, f"the option --{key.replace('_', '-')}")
+    return Settings(**values)
+
+
+def _from_file(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
     path = file or Path(environ.get(PREFIX + "CONFIG", DEFAULT_FILE))
     try:
-        merged.update(tomllib.loads(path.read_text()))
+        found = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        if file is not None or PREFIX + "CONFIG" in environ:
-            raise SetupError(
-                f"cannot read the settings in {path}: there is no such file; name another or leave it out"
-            ) from error
+        if file is None and PREFIX + "CONFIG" not in environ:
+            return {}
+        raise SetupError(
+            f"cannot read the settings in {path}: there is no such file; name another or leave it out"
+        ) from error
     except PermissionError as error:
         raise SetupError(
             f"cannot read the settings in {path}: permission denied; use sudo, or name another file with --config"
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SetupError(f"cannot read the settings in {path}: {error}; correct the file") from error
-    for field in msgspec.structs.fields(Settings):
-        if (text := environ.get(PREFIX + field.name.upper())) is not None:
-            merged[field.name] = _from_text(field.type, text)
-    merged.update({key: value for key, value in overrides.items() if value is not None})
+    for key in found.keys() - _FIELDS.keys():
+        raise SetupError(f"cannot use {key!r} in {path}: there is no such setting{_nearest(key, _FIELDS)}")
+    return {key: _fitting(key, value, f"{key!r} in {path}") for key, value in found.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {PREFIX + name.upper(): name for name in _FIELDS}
+    found = {}
+    for variable in sorted(environ):
+        if variable in known:
+            name = known[variable]
+            text = environ[variable]
+            value: Any = [part.strip() for part in text.split(",") if part.strip()] if _is_list(name) else text
+            found[name] = _fitting(name, value, f"the environment variable {variable}")
+        elif variable.startswith(PREFIX) and variable not in _OTHERS:
+            near = _nearest(variable, [*known, *_OTHERS])
+            raise SetupError(f"cannot use the environment variable {variable}: there is no such setting{near}")
+    return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    bare = {full.removeprefix(PREFIX): full for full in known}
+    near = [bare[close] for close in difflib.get_close_matches(name.removeprefix(PREFIX), bare, 2)]
+    return f"; {' or '.join(near)} is meant perhaps" if near else "; `devboxd serve --help` lists them all"
+
+
+def _fitting(key: str, value: Any, source: str) -> Any:
+    """The value as its setting holds it. Raises SetupError that names the source and says what is wanted."""
+    kind = _FIELDS[key].type
+    if value == "" and _FIELDS[key].default is None:
+        return None
     try:
-        return msgspec.convert(merged, Settings, strict=False, dec_hook=_decode)
+        return msgspec.convert(None if value == "" else value, kind, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise SetupError(f"cannot use the settings: {error}; see `devboxd serve --help`") from error
+        shown = f" {str(value)[:40]!r}" if isinstance(value, (str, int, float)) else ""
+        raise SetupError(f"cannot use the value{shown} of {source}: give {_wanted(kind)}") from error
 
 
-def _from_text(kind: Any, text: str) -> Any:
-    if "tuple" in str(kind):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
+def _wanted(kind: Any) -> str:
+    """What a setting takes, in words."""
+    limits, plain = _NO_LIMITS, kind
+    if get_origin(kind) is Annotated:
+        plain, limits = get_args(kind)
+    if plain is int:
+        most = "" if limits.le is None else f" to {limits.le}"
+        return f"a whole number from {limits.ge}{most}"
+    if plain is bool:
+        return "true or false"
+    if get_origin(plain) is Literal:
+        return f"one of {', '.join(get_args(plain))}"
+    if "tuple" in str(plain):
+        return 'a list of texts, such as ["one", "two"] in the file and one,two in the environment'
+    return "a path" if plain is Path else "a text"
+
+
+def _is_list(name: str) -> bool:
+    return "tuple" in str(_FIELDS[name].type)
 
 
 def _decode(kind: type, value: Any) -> Any:
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
-    raise NotImplementedError(kind)
+    raise ValueError(f"not a {kind.__name__}")
+
+
+_FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
+_OTHERS = (PREFIX + "CONFIG", PREFIX + "URL", PREFIX + "KEY")
+"""Variables that are no settings: the file of settings, and what client commands read."""
+_NO_LIMITS = msgspec.Meta()

@@ -29,6 +29,9 @@ Delegate=yes
 OOMPolicy=continue
 TasksMax=infinity
 LimitNOFILE=1048576
+# A core file of the server would hold keys and what boxes send; nothing it writes is for other users.
+LimitCORE=0
+UMask=0077
 StateDirectory=devboxd
 StateDirectoryMode=0700
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from devboxd.devboxes.views import (
 from devboxd.engine.base import Resources
 from devboxd.errors import ApiError
 from devboxd.http.binding import BodyDecoder
+
+HERE, FOREIGN = ("arm64", "x86_64") if platform.machine() == "aarch64" else ("x86_64", "arm64")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,10 @@ def test_an_object_of_any_depth_is_looked_through() -> None:
         ({"lifecycle": {"lifecycle_hooks": {"suspend_deadline_ms": 60_001}}}, "suspend_deadline_ms"),
         ({"network_policy_id": "np_x"}, "network_policy_id"),
         ({"required_services": ["db"]}, "required_services"),
-        ({"architecture": "arm64"}, "architecture arm64"),
+        ({"available_ports": [80]}, "available_ports: nothing outside"),
+        ({"lifecycle": {"resume_triggers": {"http": True}}}, "resume_triggers: only a resume"),
+        ({"lifecycle": {"resume_triggers": {"axon_event": True}}}, "resume_triggers: only a resume"),
+        ({"architecture": FOREIGN}, f"architecture {FOREIGN}: this machine is {HERE}"),
         ({"provisioning_tier": "flex"}, "provisioning_tier flex"),
         ({"keep_alive_time_seconds": 0}, "keep_alive_time_seconds"),
         ({"keep_alive_time_seconds": 172_801}, "keep_alive_time_seconds"),
@@ -145,7 +151,14 @@ def test_unsupported_launch_parameters_are_named(launch: dict[str, object], fiel
 
 
 @pytest.mark.parametrize(
-    "launch", [{"available_ports": [80]}, {"architecture": "x86_64"}, {"provisioning_tier": "standard"}]
+    "launch",
+    [
+        {"available_ports": []},
+        {"available_ports": None},
+        {"architecture": HERE},
+        {"provisioning_tier": "standard"},
+        {"lifecycle": {"resume_triggers": {"http": False, "axon_event": None}}},
+    ],
 )
 def test_harmless_launch_parameters_pass(launch: dict[str, object]) -> None:
     check_create(msgspec.convert({"launch_parameters": launch}, CreateDevbox))
@@ -163,7 +176,7 @@ EVERYTHING: dict[str, Any] = {
     "after_idle": {"idle_time_seconds": 60, "on_idle": "suspend"},
     "lifecycle": {
         "after_idle": {"idle_time_seconds": 60, "on_idle": "suspend"},
-        "resume_triggers": {"http": True, "axon_event": False},
+        "resume_triggers": {"http": False, "axon_event": False},
         "lifecycle_hooks": {"suspend_commands": ["sync"], "suspend_deadline_ms": 1000},
     },
 }

@@ -34,6 +34,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = ""
+        self.umask = -1
+        """The mask with which the process is started; -1: that of the tests."""
         self.settings = {f"DEVBOXD_{name.upper()}": value for name, value in settings.items()}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -52,6 +54,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 env=self.environment(),
+                umask=self.umask,
             )
 
     def start(self, seconds: float = READY_S) -> Server:

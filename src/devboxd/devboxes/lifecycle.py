@@ -24,7 +24,7 @@ from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.supervisor import Supervisor
-from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create
+from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create, resources
 from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import Engine, Figures
 from devboxd.errors import ApiError, bad_request, not_found
@@ -138,9 +138,9 @@ class Devboxes:
         """Commit a new devbox and begin to make it. Raises 400 that names the field that cannot be."""
         if once.ref is not None:
             return await self.get(account, once.ref)
-        launch, size = check_create(body)
+        launch, _ = check_create(body)
         source = body.snapshot_id or None
-        disk = size.disk_bytes
+        disk = resources(launch).disk_bytes
         image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source, disk))
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
@@ -148,7 +148,7 @@ class Devboxes:
             )
         now = self._changes.clock.now_ms()
         position = new_id("dbx")
-        warm_id = None if source is not None else self._warm.take(size)
+        warm_id = None if source is not None else self._warm.take()
         devbox = Devbox(
             id=warm_id or position,
             account_id=account,

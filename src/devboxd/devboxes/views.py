@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -56,7 +57,7 @@ class IdlePolicy(NamedTuple):
 
 
 class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What wakes a suspended devbox, once there are tunnels and axons; kept until then."""
+    """What wakes a suspended devbox beside a resume. There are no tunnels and axons yet, so true is refused."""
 
     http: bool | None = None
     axon_event: bool | None = None
@@ -88,11 +89,11 @@ class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
     user_parameters: UserParameters | None = None
     launch_commands: list[str] | None = None
     keep_alive_time_seconds: int | None = None
-    available_ports: list[int] | None = None
     provisioning_tier: Literal["standard", "flex"] | None = None
     after_idle: AfterIdle | None = None
     lifecycle: Lifecycle | None = None
     # not yet
+    available_ports: Any = None
     network_policy_id: Any = None
     required_services: Any = None
 
@@ -183,11 +184,19 @@ _NOT_YET_CREATE = (
     "mcp",
     "repo_connection_id",
 )
-_NOT_YET_LAUNCH = ("network_policy_id", "required_services")
+_NOT_YET_LAUNCH = ("available_ports", "network_policy_id", "required_services")
+
+
+_INSTEAD = {
+    "launch_parameters.available_ports": "nothing outside a devbox reaches its ports in this version",
+    "launch_parameters.lifecycle.resume_triggers": "only a resume wakes a devbox in this version",
+}
+"""What holds in the place of a field, where it is not plain."""
 
 
 def _unsupported(field: str) -> Exception:
-    return bad_request(f"cannot create a devbox with {field}: this version does not support it; leave the field out")
+    reason = _INSTEAD.get(field, "this version does not support it")
+    return bad_request(f"cannot create a devbox with {field}: {reason}; leave the field out")
 
 
 def _asks(value: Any) -> bool:
@@ -214,8 +223,9 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     for field in _NOT_YET_LAUNCH:
         if _asks(getattr(launch, field)):
             raise _unsupported(f"launch_parameters.{field}")
-    if launch.architecture == "arm64":
-        raise _unsupported("launch_parameters.architecture arm64")
+    if launch.lifecycle and _asks(msgspec.to_builtins(launch.lifecycle.resume_triggers)):
+        raise _unsupported("launch_parameters.lifecycle.resume_triggers")
+    _check_architecture(launch.architecture)
     if launch.provisioning_tier == "flex":
         raise _unsupported("launch_parameters.provisioning_tier flex")
     check_labels(body.name, body.metadata)
@@ -233,6 +243,15 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     if body.snapshot_id:
         check_id("snp", body.snapshot_id, "snapshot")
     return launch, resources(launch)
+
+
+def _check_architecture(asked: str | None) -> None:
+    here = {"aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    if asked not in (None, here):
+        raise bad_request(
+            f"cannot create a devbox with launch_parameters.architecture {asked}: this machine is {here}; "
+            "leave the field out"
+        )
 
 
 def check_labels(name: str | None, metadata: dict[str, str] | None) -> None:

@@ -533,13 +533,17 @@ def _folder_of(opened: contextlib.ExitStack, root: Path, name: str) -> tuple[int
     at = os.open(root, flags)
     opened.callback(os.close, at)
     for folder in folders:
+        made = False
         with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o755, dir_fd=at)
+            os.mkdir(folder, dir_fd=at)
+            made = True
         try:
             at = os.open(folder, flags, dir_fd=at)
         except OSError:
             return None, last
         opened.callback(os.close, at)
+        if made:
+            os.fchmod(at, 0o755)  # whatever the server's mask
     return at, last
 
 

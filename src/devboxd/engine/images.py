@@ -183,6 +183,8 @@ def _stage(folder: Path, settings: Settings) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         target.chmod(mode)
+    for place in (folder, *(folder / "files").rglob("*/")):
+        place.chmod(0o755)  # whatever the server's mask
 
 
 def _command(folder: Path, settings: Settings) -> list[str]:

@@ -51,7 +51,8 @@ def make(file: Path, size: int) -> Volume:
     _run("mkfs.ext4", *_LAYOUT, str(file))
     volume = Volume(file, new=True)
     try:
-        (volume.path / "upper").mkdir(mode=0o755)
+        (volume.path / "upper").mkdir()
+        (volume.path / "upper").chmod(0o755)  # the root of the box, whatever the server's mask
         (volume.path / "work").mkdir(mode=0o700)
     except OSError:
         volume.close()
