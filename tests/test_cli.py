@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -173,9 +174,9 @@ def test_the_unit_runs_this_installation() -> None:
         "LimitNOFILE=1048576", "LimitCORE=0", "UMask=0077",
     ):  # fmt: skip
         assert line in unit.splitlines()
-    command = next(line for line in unit.splitlines() if line.startswith("ExecStart=/"))
+    command = next(line for line in unit.splitlines() if line.startswith("ExecStart="))
     assert command.endswith(' serve --state "/srv/my boxes%%" --port 9 --domain a.example --domain b.example')
-    assert Path(command.removeprefix("ExecStart=").split()[0]).exists()
+    assert Path(shlex.split(command.removeprefix("ExecStart="))[0]).exists()
 
 
 def test_boxes_are_the_same_under_the_mask_of_the_unit() -> None:

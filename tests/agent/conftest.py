@@ -19,11 +19,14 @@ from devboxd.agent.protocol import encode_record
 
 CAP = 1 << 30
 
+# The agent is opened before the mounts: the checkout may lie below what they cover.
 _START = r"""
+exec {BINARY}<"$AGENT" || exit 69
 mount -t tmpfs tmpfs /run && mkdir /run/devboxd && mount -t tmpfs tmpfs /tmp || exit 70
+cat <&"$BINARY" >/run/devboxd/devboxd-init && chmod 755 /run/devboxd/devboxd-init && exec {BINARY}<&- || exit 70
 mount -t devpts -o newinstance,ptmxmode=666,mode=620,gid=5 devpts /dev/pts && ip link set lo up || exit 71
 [ -z "$AGENT_SETUP" ] || eval "$AGENT_SETUP" || exit 72
-exec env -i ${ASAN_OPTIONS:+"ASAN_OPTIONS=$ASAN_OPTIONS"} "$AGENT" 3<&"$LISTENER" {LISTENER}<&-
+exec env -i ${ASAN_OPTIONS:+"ASAN_OPTIONS=$ASAN_OPTIONS"} /run/devboxd/devboxd-init 3<&"$LISTENER" {LISTENER}<&-
 """
 
 

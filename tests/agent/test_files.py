@@ -5,13 +5,13 @@ import errno
 import os
 import signal
 import stat
-import sys
 import time
 
 import pytest
 
 from devboxd.agent.client import AgentError
 from devboxd.agent.protocol import Stage
+from support.environments import PYTHON
 
 pytestmark = [pytest.mark.anyio, pytest.mark.box]
 
@@ -175,7 +175,7 @@ async def test_a_leased_file_does_not_block(session):
     await put(session, "/tmp/leased", b"x")
     hold = "import fcntl,os,time,signal; signal.signal(29, signal.SIG_IGN); f=os.open('/tmp/leased',2);"
     hold += "fcntl.fcntl(f,1024,1); print('held',flush=True); time.sleep(60)"
-    await session.start("lease", [sys.executable, "-c", hold])
+    await session.start("lease", [PYTHON, "-c", hold])
     await session.until(lambda: session.box.output("lease", "out"))
     started = time.monotonic()
     assert await refused(session.client.read("root", "/tmp/leased", 1.0)) == (Stage.OPEN, "EAGAIN")

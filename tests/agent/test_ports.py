@@ -3,12 +3,12 @@
 import asyncio
 import errno
 import os
-import sys
 
 import pytest
 
 from devboxd.agent.client import AgentError
 from devboxd.agent.protocol import Stage, encode_record
+from support.environments import PYTHON
 
 pytestmark = [pytest.mark.anyio, pytest.mark.box]
 
@@ -23,7 +23,7 @@ c.sendall(b'hello ' + c.recv(100))
 
 async def serve(session, address: str, family: str, port: int) -> None:
     code = SERVE.format(address=address, family=family, port=port)
-    await session.start(f"serve-{port}", [sys.executable, "-c", code])
+    await session.start(f"serve-{port}", [PYTHON, "-c", code])
     while not session.box.output(f"serve-{port}", "out"):
         assert session.box.output(f"serve-{port}", "err") == b""
         await asyncio.sleep(0.01)
@@ -49,7 +49,7 @@ async def test_nobody_listens(session):
 async def test_a_connection_that_hangs_meets_its_deadline(session):
     code = "import socket,time\ns=socket.socket(); s.bind(('127.0.0.1',7)); s.listen(0)\n"
     code += "c=[socket.socket() for _ in range(3)]\nfor x in c: x.setblocking(False); x.connect_ex(('127.0.0.1',7))\n"
-    await session.start("full", [sys.executable, "-c", code + "print('up',flush=True); time.sleep(60)"])
+    await session.start("full", [PYTHON, "-c", code + "print('up',flush=True); time.sleep(60)"])
     await session.until(lambda: session.box.output("full", "out"))
     with pytest.raises(AgentError) as caught:
         await session.client.dial(7, 0.3)

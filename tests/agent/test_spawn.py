@@ -5,13 +5,13 @@ import errno
 import hashlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from devboxd.agent.client import AgentError
 from devboxd.agent.protocol import EntryState, EntryType, Scope, Stage, encode_record
+from support.environments import PYTHON
 
 pytestmark = [pytest.mark.anyio, pytest.mark.box]
 
@@ -214,7 +214,7 @@ async def test_an_exec_that_blocks_keeps_nobody_waiting(session):
         "import fcntl,os,time; f=os.open('/tmp/p',2); fcntl.fcntl(f,1024,1); print('held',flush=True); time.sleep(60)"
     )
     await session.run("copy", "cp /bin/true /tmp/p")
-    await session.start("lease", [sys.executable, "-c", "import signal; signal.signal(29, signal.SIG_IGN);" + hold])
+    await session.start("lease", [PYTHON, "-c", "import signal; signal.signal(29, signal.SIG_IGN);" + hold])
     await session.until(lambda: session.box.output("lease", "out"))
     starting = asyncio.create_task(session.start("one", ["/tmp/p"]))
 

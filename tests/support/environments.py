@@ -1,4 +1,4 @@
-"""The published clients, each in an environment of its own outside the checkout, made once per machine."""
+"""Interpreters outside the checkout: of published clients, each made once per machine, and for commands of boxes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "devboxd" / "clients"
 PYTHON_VERSIONS = ("1.32.0", "2.0.0", "3.0.0")
 NPM_VERSION = "^1.32.0"
+PYTHON = os.path.realpath(sys.executable)
+"""For commands that need no packages, also where a mount hides the checkout."""
 
 
 def python_client(version: str) -> Path:
