@@ -15,6 +15,7 @@ import structlog
 from devboxd.agent import messages
 from devboxd.agent.client import AgentClient, AgentError
 from devboxd.agent.protocol import ProtocolError, encode_record
+from devboxd.executions.shells import READ_SCRIPT
 
 _log = structlog.get_logger()
 _KEY = "rehearsal"
@@ -35,7 +36,7 @@ async def rehearse(socket: Path, user: str, environment: Mapping[str, str]) -> N
             )
             try:
                 await agent.list()
-                record = encode_record(["bash", "-lc", ":"], environment, user=user)
+                record = encode_record(["bash", "-lc", READ_SCRIPT], environment, user=user, script=b":")
                 with messages.memory("stdout", b"") as stdout, messages.memory("stderr", b"") as stderr:
                     await agent.spawn(_KEY, record, stdout, stderr, None, _MOST_BYTES)
                     await ended.wait()

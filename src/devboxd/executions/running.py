@@ -41,8 +41,6 @@ from devboxd.tasks import Tasks
 
 _log = structlog.get_logger()
 _HANDLE = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_INLINE = 100 * 1024
-"""Longest command that goes into the argument vector; the kernel allows 128 KiB an argument."""
 SETUP = "setup"
 """The purpose of commands that prepare a box as root."""
 KILL_GRACE_S = 5.0
@@ -341,10 +339,7 @@ class Executions:
                 return
             text = row.command.encode()
             user = "root" if row.purpose == SETUP else None
-            if len(text) <= _INLINE:
-                record = box.record(["bash", "-lc", row.command], user=user)
-            else:
-                record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
+            record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
             cap = self._journals.rations.promise(box.id, row.id)
             await patient(partial(agent.spawn, row.id, record, out, err, stdin, cap))
 

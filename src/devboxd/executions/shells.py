@@ -107,8 +107,11 @@ def shell_key(name: str) -> str:
     return "sh-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-READ_SCRIPT = 'IFS= read -r -d "" -u 9 REPLY; exec 9<&-; eval "$REPLY"'
-"""Runs the script at descriptor 9: one of any size, and one that need not be read in every list of processes."""
+READ_SCRIPT = (
+    'IFS= builtin read -r -d "" -u 9 BASH_EXECUTION_STRING || :; command exec 9<&-; '
+    'builtin eval -- "$BASH_EXECUTION_STRING"'
+)
+"""Runs the script at descriptor 9: one of any size, which no list of processes shows, neither here nor on the host."""
 
 
 def shell_record(key: str, kept: bytes = b"") -> tuple[list[str], bytes]:

@@ -1,0 +1,64 @@
+"""What lists of processes show of commands, on the host and in the devbox, and that hiding it changes nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from support.api import Api
+
+pytestmark = pytest.mark.box
+
+MARK = "m4rk-0f-a-c0mmand"
+
+
+def command_lines() -> str:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            found.append(Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:  # it has just gone
+            continue
+    return "\n".join(found)
+
+
+@pytest.mark.parametrize("shell", [None, "named"])
+def test_no_list_of_processes_shows_a_command(api: Api, box: str, shell: str | None) -> None:
+    command = f"until [ -e /tmp/seen-{shell} ]; do sleep 0.05; done # {MARK}"
+    execution = api.start(box, command, **({"shell_name": shell} if shell else {}))
+    assert MARK not in api.output(box, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; touch /tmp/looked")
+    assert MARK not in command_lines()
+    api.output(box, f"touch /tmp/seen-{shell}")
+    assert api.wait(box, execution)["exit_status"] == 0
+
+
+def test_a_pattern_does_not_find_the_command_that_looks_for_it(api: Api, box: str) -> None:
+    """`pkill -f` must end what it is meant for, not the shell that calls it."""
+    view = api.run(box, "pkill -f no-such-server-anywhere; echo went on")
+    assert (view["exit_status"], view["stdout"]) == (0, "went on\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "output"),
+    [
+        ("#nothing", 0, ""),
+        ("echo $0 $# $-; shopt login_shell | cut -f2", 0, "bash 0 hBc\non\n"),
+        ('echo "$BASH_EXECUTION_STRING"', 0, 'echo "$BASH_EXECUTION_STRING"\n'),
+        ("echo a\necho $LINENO", 0, "a\n2\n"),
+        ("set -e; false; echo never", 1, ""),
+        ("set -u; echo ${REPLY-none}", 0, "none\n"),
+        ("kill -9 $$", 137, ""),
+        ("sh -c 'kill -TERM $$'", 143, ""),
+        ("trap 'echo bye; exit 7' EXIT; exit 3", 7, "bye\n"),
+        ("cat <<END\ntext\nEND", 0, "text\n"),
+        ("if", 2, ""),
+        ("echo 'unfinished", 2, ""),
+        ("[ ! -e /proc/$$/fd/9 ]; echo $?", 0, "0\n"),
+        ("--version", 127, ""),
+    ],
+)
+def test_a_command_means_what_it_means_to_bash(api: Api, box: str, command: str, status: int, output: str) -> None:
+    view = api.run(box, command)
+    assert (view["exit_status"], view["stdout"]) == (status, output), view
