@@ -21,43 +21,18 @@ import pytest
 
 from devboxd import systemd
 from devboxd.store.db import FILE_NAME, Store
+from support.commands import devboxd, every_command, refused
 from support.server import Server
-
-COMMANDS = (
-    (), ("serve",), ("doctor",), ("image",), ("image", "build"), ("systemd-unit",), ("keys",), ("keys", "create"),
-    ("keys", "list"), ("keys", "revoke"), ("boxes",), ("boxes", "list"), ("boxes", "exec"), ("boxes", "logs"),
-    ("boxes", "shutdown"), ("snapshot",), ("snapshot", "list"), ("snapshot", "verify"), ("storage",),
-    ("storage", "status"), ("storage", "grow"), ("storage", "check"),
-)  # fmt: skip
-NO_KEY = {"DEVBOXD_KEY": "", "RUNLOOP_API_KEY": "", "DEVBOXD_URL": "", "RUNLOOP_BASE_URL": ""}
-
-
-def devboxd(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    options.setdefault("stdin", subprocess.DEVNULL if "input" not in options else None)
-    return subprocess.run(
-        [sys.executable, "-m", "devboxd.cli", *arguments], text=True, capture_output=True, timeout=120, check=False,
-        env={**os.environ, **NO_KEY, "DEVBOXD_CONFIG": "/dev/null", **(env or {})}, **options,
-    )  # fmt: skip
-
-
-def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert done.returncode == 2, done
-    assert done.stdout == ""
-    assert done.stderr.startswith("cannot "), done.stderr
-    assert done.stderr.count("\n") == 1
-    for word in words:
-        assert word in done.stderr
-
 
 # help
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", every_command(), ids=" ".join)
 def test_help_fits_a_narrow_window(command: tuple[str, ...]) -> None:
     done = devboxd(*command, "--help", env={"COLUMNS": "60"})
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 60
-    assert "..." not in done.stdout.replace("CMD...", "").replace("[ID]...", "").replace("[ARGS]...", "")
+    assert not re.search(r"(?<![A-Z\]])\.\.\.", done.stdout), "no sentence is cut"
 
 
 def test_the_command_line_starts_without_the_server() -> None:
@@ -85,6 +60,13 @@ def test_the_version() -> None:
         (("serve", "--port", "x"), ["--port"]),
         (("serve", "--config", "/nonexistent"), ["/nonexistent"]),
         (("keys", "create", "--state", "/dev/null/x"), ["/dev/null/x"]),
+        (("keys", "list", "--state", "/typo"), ["no server has used", "/typo", "--state"]),
+        (("serve", "--state", ""), ["--state", "empty"]),
+        (("snapshot", "verify"), ["ID..."]),
+        (("boxes", "cp", "a", "b"), ["BOX:PATH"]),
+        (("boxes", "cp", "a:b", "c:d"), ["BOX:PATH"]),
+        (("boxes", "create", "--env", "A"), ["--env", "="]),
+        (("completion", "tcsh"), ["bash", "zsh", "fish"]),
         (("keys", "revoke"), ["ID"]),
         (("boxes", "list"), ["DEVBOXD_KEY"]),
         (("boxes", "list", "--key-file", "/nonexistent"), ["/nonexistent"]),
@@ -97,7 +79,19 @@ def test_a_wrong_call_is_refused_in_one_line(arguments: tuple[str, ...], words: 
     refused(devboxd(*arguments), *words)
 
 
-@pytest.mark.parametrize("url", ["ftp://localhost", "http://", "http://127.0.0.1:1", "http://[::1]:1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://localhost",
+        "http://",
+        "http://127.0.0.1:1",
+        "http://[::1]:1",
+        "http://[::1",
+        "http://localhost:port",
+        "http://no-such-host.invalid",
+        "127.0.0.1:1",
+    ],
+)
 def test_a_server_that_cannot_be_reached_is_told_at_once(url: str) -> None:
     begun = time.monotonic()
     refused(devboxd("boxes", "list", "--url", url, env={"DEVBOXD_KEY": "ak_x"}), "cannot")
@@ -158,7 +152,14 @@ def test_a_key_of_an_old_store_is_alone_on_standard_output(state: Path) -> None:
     assert "store.migrating" in done.stderr
 
 
+def test_a_folder_that_no_server_used_is_left_as_it_is(state: Path) -> None:
+    for command in (("create",), ("list",), ("revoke", "key_" + "0" * 21)):
+        refused(devboxd("keys", *command, "--state", str(state)), "no server has used", str(state))
+    assert not state.exists()
+
+
 def test_revoking_an_unknown_key_is_refused(state: Path) -> None:
+    Store.open(state / FILE_NAME).close()
     refused(devboxd("keys", "revoke", "key_" + "0" * 21, "--state", str(state)), "no such key")
     refused(devboxd("keys", "revoke", "nonsense", "--state", str(state)), "nonsense")
 

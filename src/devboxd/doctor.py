@@ -85,22 +85,28 @@ def run(settings: Settings, as_json: bool) -> int:
 
 
 def _show(found: Iterable[Check]) -> None:
-    from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
-    console = Console(highlight=False)
+    from devboxd.cli.printing import console as new_console
+
+    console = new_console()
+    whole = not console.is_terminal  # one line for each thing that is said, for other programs
     signs = {"ok": ("ok", "green"), "warning": ("!", "yellow"), "error": ("x", "bold red")}
     counts = dict.fromkeys(signs, 0)
     for check in found:
         sign, style = signs[check.level]
         counts[check.level] += 1
-        console.print(Text.assemble((f"{sign:>2} ", style), (check.name, "bold"), ": ", check.found))
-        console.print(Padding(Text(check.consequence, style="dim"), (0, 0, 0, 5)))
+        console.print(Text.assemble((f"{sign:>2} ", style), (check.name, "bold"), ": ", check.found), soft_wrap=whole)
+        consequence = Text(check.consequence, style="dim")
+        console.print(Text("     ") + consequence if whole else Padding(consequence, (0, 0, 0, 5)), soft_wrap=whole)
         if check.cure:
-            console.print(Padding(Text.assemble(("cure: ", "cyan"), check.cure), (0, 0, 0, 5)))
+            # In one line, however long: it may be a command to be copied.
+            console.print(Text.assemble(("     cure: ", "cyan"), check.cure), soft_wrap=True)
     end = "serve refuses to start" if counts["error"] else "serve can start here"
-    console.print(f"\n{end}: {counts['ok']} ok, {counts['warning']} to know about, {counts['error']} in the way")
+    console.print(
+        f"\n{end}: {counts['ok']} ok, {counts['warning']} to know about, {counts['error']} in the way", soft_wrap=whole
+    )
 
 
 def _root(root: bool) -> Check:
@@ -222,7 +228,7 @@ def _namespaces(root: bool) -> Check:
         cure = "use a kernel of a distribution"
         return Check(name, "error", f"the kernel has none for {', '.join(missing)}", "boxes cannot be isolated", cure)
     if zero:
-        cure = f"sysctl -w {' '.join(f'{key}=65536' for key in zero)}"
+        cure = _set_for_good("namespaces", *(f"{key}=65536" for key in zero))
         return Check(name, "error", f"{', '.join(zero)} is 0", "boxes cannot be isolated", cure)
     if root and (problem := probes.namespaces()):
         cure = "allow them: inside a container, that one must run privileged"
@@ -360,7 +366,7 @@ def _file_table() -> Check:
     most = _sysctl("fs/file-max")
     found = f"fs.file-max is {most}; a box opens millions before its memory is full"
     if most < 1 << 24:
-        cure = "sysctl -w fs.file-max=9223372036854775807"
+        cure = _set_for_good("files", "fs.file-max=9223372036854775807")
         return Check("File table", "warning", found, "one box can leave no open file for other boxes and users", cure)
     return Check("File table", "ok", found, "a box that opens files without end harms only itself")
 
@@ -374,7 +380,7 @@ def _inotify() -> Check:
             "warning",
             found,
             "development servers and tail -f in many boxes fail with 'too many open files' or 'no space left'",
-            "sysctl -w fs.inotify.max_user_instances=8192 fs.inotify.max_user_watches=1048576",
+            _set_for_good("inotify", "fs.inotify.max_user_instances=8192", "fs.inotify.max_user_watches=1048576"),
         )
     return Check("File watching", "ok", found, "file watchers in boxes work")
 
@@ -383,9 +389,16 @@ def _processes() -> Check:
     most = _sysctl("kernel/pid_max")
     found = f"kernel.pid_max is {most}; a small box may have 1024, the largest 16384"
     if most < 65536:
-        cure = "sysctl -w kernel.pid_max=4194304"
+        cure = _set_for_good("processes", "kernel.pid_max=4194304")
         return Check("Processes", "warning", found, "a few full boxes leave no process for this host", cure)
     return Check("Processes", "ok", found, "a box that forks without end harms only itself")
+
+
+def _set_for_good(topic: str, *values: str) -> str:
+    """The command that sets values of the kernel now and, by the file that it writes, at each start of the machine."""
+    return (
+        f"sysctl -w {' '.join(values)} | tee /etc/sysctl.d/90-devboxd-{topic}.conf  # the file is for the next reboot"
+    )
 
 
 def _sysctl(name: str) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import http.client
 import json
 import os
+import socket
 import ssl
 import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urlsplit
 
 from devboxd.errors import ApiError, SetupError
@@ -21,6 +25,10 @@ _RETRY_SECONDS = 60.0
 """How long a server that does not answer (it may be restarting) is asked again."""
 _PAUSE_SECONDS = 0.5
 
+_PIECE = 64 * 1024
+_REMEMBERED = 100_000
+_NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM)
+
 Broken = (OSError, http.client.HTTPException)
 
 
@@ -30,12 +38,15 @@ class Remote:
     def __init__(self, url: str, key: str) -> None:
         self.url = url
         self._key = key
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        self._wait = _TIMEOUT_SECONDS
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            parts = urlsplit("")
+        if parts.scheme not in ("http", "https") or not self._host:
             raise SetupError(f"cannot use {url!r} as the server's address; give one such as {DEFAULT_URL}")
         self._secure = parts.scheme == "https"
-        self._host = parts.hostname
-        self._port = parts.port
         self._base = parts.path.rstrip("/").removesuffix("/v1")
 
     @classmethod
@@ -49,9 +60,17 @@ class Remote:
                 raise SetupError(f"cannot read the key in {key_file}: {error}") from error
         else:
             key = environ.get("DEVBOXD_KEY") or environ.get("RUNLOOP_API_KEY") or ""
-        if not key or not key.isascii() or not key.isprintable():
+        if not key:
             raise SetupError("cannot call the server without a key: set DEVBOXD_KEY or give --key-file")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise SetupError("cannot use this key: it has characters that no key has; copy it again")
         return cls(address, key)
+
+    def patient(self, seconds: float) -> Remote:
+        """The same server, waited for so long at most."""
+        other = copy.copy(self)
+        other._wait = seconds
+        return other
 
     def call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None) -> Any:
         """The decoded answer. Repeats a request whose connection broke: its effect happens once.
@@ -60,7 +79,7 @@ class Remote:
         server and SetupError when there is none to be reached.
         """
         headers = {"x-request-id": str(uuid.uuid4())} if method != "GET" else {}
-        deadline = time.monotonic() + _RETRY_SECONDS
+        deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
         reached = False
         while True:
             try:
@@ -69,8 +88,7 @@ class Remote:
                 with connection:
                     return _decode(response)
             except Broken as error:
-                # A refused first connection is no restart: say so at once.
-                if (isinstance(error, ConnectionRefusedError) and not reached) or time.monotonic() > deadline:
+                if (_no_server(error) and not reached) or time.monotonic() > deadline:
                     raise self._unreachable(error) from error
             except ApiError as error:
                 if error.code != 408 and (error.code != 503 or time.monotonic() > deadline):
@@ -80,11 +98,11 @@ class Remote:
     def stream(self, path: str) -> Iterator[str]:
         """The text of a stream from its begin to its end, each piece once, over any number of connections."""
         offset, seen = 0, 0
-        deadline = time.monotonic() + _RETRY_SECONDS
+        deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
         while True:
             try:
-                for event in self._events(path, offset):
-                    deadline = time.monotonic() + _RETRY_SECONDS
+                for event in self._events(path, {"offset": offset}):
+                    deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
                     text: str = event["output"]
                     if event["offset"] == offset:
                         fresh, seen = text[seen:], max(seen, len(text))
@@ -101,8 +119,69 @@ class Remote:
                     raise
             time.sleep(_PAUSE_SECONDS)
 
-    def _events(self, path: str, offset: int) -> Iterator[dict[str, Any]]:
-        connection, response = self._send("GET", path, None, {"offset": offset}, {"accept": "text/event-stream"})
+    def entries(self, path: str) -> Iterator[dict[str, Any]]:
+        """The entries of a log to its end, over any number of connections.
+
+        The server tells what is there anew on each; of that the newest `_REMEMBERED` are known again.
+        """
+        told: deque[str] = deque(maxlen=_REMEMBERED)
+        deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
+        while True:
+            again = Counter(told)
+            try:
+                for entry in self._events(path, {}):
+                    deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
+                    known = json.dumps(entry, sort_keys=True)
+                    if again[known] > 0:
+                        again[known] -= 1
+                    else:
+                        told.append(known)
+                        yield entry
+                return
+            except Broken as error:
+                if (_no_server(error) and not told) or time.monotonic() > deadline:
+                    raise self._unreachable(error) from error
+            except ApiError as error:
+                if error.code not in (408, 503) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def download(self, path: str, body: Any) -> Iterator[bytes]:
+        """The bytes of an answer as they come. Raises ApiError, and SetupError when the connection breaks."""
+        try:
+            connection, response = self._send("POST", path, body, None, {})
+            with connection:
+                if response.status != 200:
+                    _decode(response)
+                while piece := response.read1(_PIECE):
+                    yield piece
+                if response.length:
+                    raise http.client.IncompleteRead(b"", response.length)
+        except Broken as error:
+            raise self._unreachable(error) from error
+
+    def upload(self, path: str, target: str, content: BinaryIO) -> None:
+        """Send a file's bytes to be stored at `target` in the devbox. Raises as `download` does."""
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\ncontent-disposition: form-data; name="path"\r\n\r\n{target}\r\n--{boundary}\r\n'
+        head += 'content-disposition: form-data; name="file"; filename="file"\r\n\r\n'
+
+        def pieces() -> Iterator[bytes]:
+            yield head.encode(errors="surrogateescape")
+            while piece := content.read(_PIECE):
+                yield piece
+            yield f"\r\n--{boundary}--\r\n".encode()
+
+        kind = {"content-type": f"multipart/form-data; boundary={boundary}"}
+        try:
+            connection, response = self._send("POST", path, pieces(), None, kind)
+            with connection:
+                _decode(response)
+        except Broken as error:
+            raise self._unreachable(error) from error
+
+    def _events(self, path: str, query: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        connection, response = self._send("GET", path, None, query, {"accept": "text/event-stream"})
         with connection:
             if response.status != 200:
                 _decode(response)
@@ -126,14 +205,18 @@ class Remote:
         connection: http.client.HTTPConnection
         if self._secure:
             context = ssl.create_default_context()
-            connection = http.client.HTTPSConnection(self._host, self._port, timeout=_TIMEOUT_SECONDS, context=context)
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._wait, context=context)
         else:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_SECONDS)
-        content = None if body is None else json.dumps(body).encode()
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._wait)
+        content = body if body is None or isinstance(body, Iterator) else json.dumps(body).encode()
         sent = {"authorization": f"Bearer {self._key}", "content-type": "application/json", **headers}
         target = self._base + quote(path) + (f"?{urlencode(query)}" if query else "")
         try:
-            connection.request(method, target, content, sent)
+            try:
+                connection.request(method, target, content, sent)
+            except (BrokenPipeError, ConnectionResetError):
+                if not isinstance(content, Iterator):  # else what is sent was refused, and the answer is there
+                    raise
             return _Closing(connection), connection.getresponse()
         except BaseException:
             connection.close()
@@ -142,6 +225,13 @@ class Remote:
     def _unreachable(self, error: Exception) -> SetupError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         return SetupError(f"cannot reach the server at {self.url}: {reason}; is `devboxd serve` running there?")
+
+
+def _no_server(error: Exception) -> bool:
+    """Whether an error means that there is no such server, rather than one that is being restarted."""
+    wrong = (ConnectionRefusedError, socket.gaierror, ssl.SSLError, http.client.BadStatusLine)
+    restarting = isinstance(error, http.client.RemoteDisconnected)
+    return not restarting and (isinstance(error, wrong) or getattr(error, "errno", 0) in _NO_WAY)
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[str]:
@@ -169,8 +259,12 @@ def _decode(response: http.client.HTTPResponse) -> Any:
     try:
         value = json.loads(text or b"{}")
     except ValueError:
-        value = {"message": text[:200].decode(errors="replace")}
+        value = None
     if response.status != 200:
         message = value.get("message") if isinstance(value, dict) else None
-        raise ApiError(response.status, str(message or f"cannot do this: the server answered {response.status}"))
+        place = f" and names {response.headers['location']!r}" if "location" in response.headers else ""
+        unknown = f"cannot do this: the server answered {response.status}{place}; is it devboxd?"
+        raise ApiError(response.status, str(message or unknown))
+    if value is None:
+        raise SetupError("cannot understand the answer: what answers at this address is not devboxd; check it")
     return value

@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from devboxd import __version__
-from devboxd.cli import backup, boxes, keys, server, snapshots, storage
+from devboxd.cli import backup, boxes, completion, copying, keys, server, snapshots, storage
 from devboxd.cli.printing import refuse, say
 from devboxd.errors import ApiError, SetupError
 
@@ -19,7 +19,10 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> NoReturn:
     """Run the command line. Every refusal is one line on standard error that begins with "cannot"; exit code 2."""
     try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="devboxd"))
+        _open_streams()
+        code = cli.main(standalone_mode=False, prog_name="devboxd")
+        sys.stdout.flush()
+        sys.exit(code)
     except click.exceptions.NoArgsIsHelpError as error:
         sys.exit(say(error.ctx.get_help() if error.ctx else ""))
     except click.ClickException as error:
@@ -27,10 +30,29 @@ def main() -> NoReturn:
     except (SetupError, ApiError) as error:
         sys.exit(refuse(str(error)))
     except (click.Abort, KeyboardInterrupt):
+        say("stopped, as Ctrl-C asked")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        _write_no_more()
         sys.exit(141)
+    except OSError as error:
+        _write_no_more()
+        sys.exit(refuse(f"cannot go on: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+
+
+def _open_streams() -> None:
+    """Stand in for standard streams that the caller has closed, but for output, which would be lost."""
+    if sys.stdout is None:
+        raise SetupError("cannot run without standard output: it is closed; send it to a file or to /dev/null")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _write_no_more() -> None:
+    """Standard output takes nothing any more, and the interpreter flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_words(error: click.ClickException) -> str:
@@ -51,6 +73,7 @@ def cli() -> None:
 
 for _command in (
     *(server.serve, server.systemd_unit, server.doctor_command, server.image, storage.storage),
-    *(keys.keys, boxes.boxes, snapshots.snapshot, backup.backup_command, backup.restore_command),
+    *(completion.completion, keys.keys, boxes.boxes, snapshots.snapshot, backup.backup_command, backup.restore_command),
 ):
     cli.add_command(_command)
+boxes.boxes.add_command(copying.boxes_cp)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from devboxd.cli.options import config_option, load_settings, state_option
+from devboxd.cli.options import FilePath, config_option, load_settings, state_option
 from devboxd.cli.printing import with_progress
 
-_folder = click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+_folder = click.argument("folder", metavar="DIR", type=FilePath())
 _secrets = click.option(
     "--secrets",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="DIR",
     help="A folder apart from the backup for what opens other things; left out if not given.",
 )

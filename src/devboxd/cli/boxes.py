@@ -5,40 +5,201 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from devboxd.cli.options import all_pages, find_remote, remote_options
+from devboxd.cli.completion import box_names, snapshot_ids
+from devboxd.cli.options import ENDED, all_pages, find_box, find_remote, remote_options
 from devboxd.cli.printing import date, printable, table
+from devboxd.errors import SetupError
+
+if TYPE_CHECKING:
+    from devboxd.remote import Remote
 
 
 @click.group()
 def boxes() -> None:
-    """See and use the boxes of a server.
+    """Make, use and see the boxes of a server.
 
-    Through its API, so from any machine.
+    Through its API, so from any machine. BOX is an id or a name; of several that have the same name, the newest that
+    lives.
     """
 
 
+_box = click.argument("box", metavar="BOX", shell_complete=box_names)
+_several = click.argument("names", metavar="BOX...", nargs=-1, required=True, shell_complete=box_names)
+_no_wait = click.option("--no-wait", is_flag=True, help="Return as soon as the server has taken it.")
+_size = click.option("--size", metavar="SIZE", help="Such as X_SMALL, SMALL or LARGE.")
+_name = click.option("--name", metavar="NAME", help="A name for it; several may have the same.")
+
+
 @boxes.command("list")
+@click.option("--all", "every", is_flag=True, help="Also those that have ended.")
 @click.option("--status", metavar="STATUS", help="Only boxes in this state, such as running.")
 @remote_options
-def boxes_list(status: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
-    """List the boxes, newest first."""
+def boxes_list(every: bool, status: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """List the boxes that live, newest first."""
     found = all_pages(find_remote(url, key_file), "/v1/devboxes", "devboxes", {"status": status} if status else {})
+    found = [box for box in found if every or status or box["status"] not in ENDED]
     if as_json:
         click.echo(json.dumps(found))
         return
     rows = [(box["id"], box["status"], date(box["create_time_ms"]), box.get("name") or "") for box in found]
-    table(("id", "status", "made", "name"), rows)
+    table(("id", "status", "made", "name"), rows, drop=("made", "status"))
+
+
+@boxes.command("create")
+@_name
+@_size
+@click.option("--cpus", type=float, metavar="N", help="Processors of a box of a size of its own.")
+@click.option("--memory", type=int, metavar="GIB", help="Its memory.")
+@click.option("--disk", type=int, metavar="GIB", help="Its disk.")
+@click.option("--snapshot", metavar="ID", shell_complete=snapshot_ids, help="Begin from this snapshot.")
+@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="For its commands; again for more.")
+@click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="A label; may be given again.")
+@click.option("--lifetime", type=int, metavar="SECONDS", help="How long it lives; 3600 if not given, at most 172800.")
+@click.option("--entrypoint", metavar="COMMAND", help="A command that runs as long as the box.")
+@_no_wait
+@remote_options
+def boxes_create(url: str | None, key_file: Path | None, as_json: bool, no_wait: bool, **asked: Any) -> None:
+    """Make a box.
+
+    Its id is printed once it runs.
+    """
+    launch = _launch(asked["size"], asked["cpus"], asked["memory"], asked["disk"])
+    body = {
+        "name": asked["name"],
+        "snapshot_id": asked["snapshot"],
+        "entrypoint": asked["entrypoint"],
+        "environment_variables": _pairs("--env", asked["variables"]),
+        "metadata": _pairs("--metadata", asked["metadata"]),
+        "launch_parameters": {**launch, "keep_alive_time_seconds": asked["lifetime"]},
+    }
+    _print(_created(find_remote(url, key_file), body, wait=not no_wait), as_json)
+
+
+def _launch(size: str | None, cpus: float | None, memory: int | None, disk: int | None) -> dict[str, Any]:
+    custom = {"custom_cpu_cores": cpus, "custom_gb_memory": memory, "custom_disk_size": disk}
+    given = {name: value for name, value in custom.items() if value is not None}
+    size = size or ("CUSTOM_SIZE" if given else None)
+    return {**({"resource_size_request": size.upper()} if size else {}), **given}
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"{option} {text[:40]!r} has no =; give NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def _created(remote: Remote, body: dict[str, Any], *, wait: bool) -> dict[str, Any]:
+    view: dict[str, Any] = remote.call("POST", "/v1/devboxes", body)
+    return _reached(remote, view["id"], "running") if wait else view
+
+
+def _reached(remote: Remote, box_id: str, status: str) -> dict[str, Any]:
+    """The view of a box once it has this status. Raises SetupError when it has ended instead."""
+    try:
+        body = {"statuses": [status, *ENDED]}
+        view: dict[str, Any] = remote.call("POST", f"/v1/devboxes/{box_id}/wait_for_status", body)
+    except KeyboardInterrupt:
+        click.echo(f"{box_id} goes on; `devboxd boxes shutdown {box_id}` ends it", err=True)
+        raise
+    if view["status"] != status:
+        reasons = [step.get("failure_reason") for step in view["state_transitions"] if step.get("failure_reason")]
+        why = (reasons or [view.get("failure_reason") or view.get("shutdown_reason") or view["status"]])[-1]
+        raise SetupError(f"cannot wait until {box_id} is {status}: it has ended: {printable(str(why))}")
+    return view
+
+
+def _print(view: dict[str, Any], as_json: bool) -> None:
+    click.echo(json.dumps(view) if as_json else view["id"])
+
+
+@boxes.command("suspend")
+@_no_wait
+@remote_options
+@_several
+def boxes_suspend(names: tuple[str, ...], no_wait: bool, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """Put boxes to sleep.
+
+    Their processes end; their disks are kept.
+    """
+    _change(find_remote(url, key_file), names, "suspend", None if no_wait else "suspended", as_json)
+
+
+@boxes.command("resume")
+@_no_wait
+@remote_options
+@_several
+def boxes_resume(names: tuple[str, ...], no_wait: bool, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """Wake boxes that sleep."""
+    _change(find_remote(url, key_file), names, "resume", None if no_wait else "running", as_json)
+
+
+def _change(remote: Remote, names: Sequence[str], verb: str, status: str | None, as_json: bool) -> None:
+    """Ask it for all boxes, then wait for each; ids are printed as they are done."""
+    asked = [remote.call("POST", f"/v1/devboxes/{find_box(remote, name)}/{verb}", {}) for name in names]
+    views = []
+    for view in asked:
+        views.append(_reached(remote, view["id"], status) if status else view)
+        if not as_json:
+            click.echo(view["id"])
+    if as_json:
+        click.echo(json.dumps(views))
+
+
+@boxes.command("snapshot")
+@_name
+@remote_options
+@_box
+def boxes_snapshot(box: str, name: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """Keep the disk of a box as a snapshot.
+
+    Its id is printed when it is complete. What runs in the box goes on.
+    """
+    remote = find_remote(url, key_file)
+    _print(remote.call("POST", f"/v1/devboxes/{find_box(remote, box)}/snapshot_disk", {"name": name}), as_json)
+
+
+@boxes.command("fork")
+@_name
+@_size
+@remote_options
+@_box
+def boxes_fork(
+    box: str, name: str | None, size: str | None, url: str | None, key_file: Path | None, as_json: bool
+) -> None:
+    """Make a box from the disk of another.
+
+    Its id is printed once it runs. It begins with the same launch parameters, and with a size of its own if one is
+    given. What runs in the other one goes on there. The snapshot in between is deleted.
+    """
+    remote = find_remote(url, key_file)
+    source = remote.call("GET", f"/v1/devboxes/{find_box(remote, box)}")
+    launch = source["launch_parameters"]
+    if size:
+        launch = {key: value for key, value in launch.items() if not key.startswith("custom_")}
+        launch["resource_size_request"] = size.upper()
+    kept = remote.call("POST", f"/v1/devboxes/{source['id']}/snapshot_disk", {"name": f"fork of {source['id']}"})
+    try:
+        view = _created(remote, {"name": name, "snapshot_id": kept["id"], "launch_parameters": launch}, wait=True)
+    finally:
+        remote.call("POST", f"/v1/devboxes/disk_snapshots/{kept['id']}/delete", {})
+    _print(view, as_json)
 
 
 @boxes.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @remote_options
-@click.argument("box_id", metavar="ID")
+@_box
 @click.argument("words", nargs=-1, required=True, metavar="-- CMD...", type=click.UNPROCESSED)
-def boxes_exec(box_id: str, words: tuple[str, ...], url: str | None, key_file: Path | None, as_json: bool) -> None:
+def boxes_exec(box: str, words: tuple[str, ...], url: str | None, key_file: Path | None, as_json: bool) -> None:
     """Run a command in a box.
 
     Its output is shown as it comes, and its exit code is this command's. One word is taken as a line for the box's
@@ -46,8 +207,8 @@ def boxes_exec(box_id: str, words: tuple[str, ...], url: str | None, key_file: P
     With --json the outcome is printed at the end.
 
     \b
-    devboxd boxes exec ID -- ls -l /
-    devboxd boxes exec ID -- 'cd /tmp && ls | wc -l'
+    devboxd boxes exec BOX -- ls -l /
+    devboxd boxes exec BOX -- 'cd /tmp && ls | wc -l'
     """
     from devboxd.remote_exec import execute
 
@@ -55,44 +216,57 @@ def boxes_exec(box_id: str, words: tuple[str, ...], url: str | None, key_file: P
     if not words:
         raise click.UsageError("a command is missing")
     command = words[0] if len(words) == 1 else shlex.join(words)
-    sys.exit(execute(find_remote(url, key_file), box_id, command, as_json))
+    remote = find_remote(url, key_file)
+    sys.exit(execute(remote, find_box(remote, box), command, as_json))
 
 
 @boxes.command("logs")
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines until the box has ended.")
 @remote_options
-@click.argument("box_id", metavar="ID")
-def boxes_logs(box_id: str, url: str | None, key_file: Path | None, as_json: bool) -> None:
-    """Print a box's logs."""
-    logs = find_remote(url, key_file).call("GET", f"/v1/devboxes/{box_id}/logs")["logs"]
+@_box
+def boxes_logs(box: str, follow: bool, url: str | None, key_file: Path | None, as_json: bool) -> None:
+    """Print a box's logs.
+
+    With --follow and --json one line of JSON for each entry.
+    """
+    remote = find_remote(url, key_file)
+    path = f"/v1/devboxes/{find_box(remote, box, ended=True)}/logs"
+    if follow:
+        for entry in remote.entries(f"{path}/tail"):
+            click.echo(json.dumps(entry) if as_json else _line(entry))
+        return
+    logs = remote.call("GET", path)["logs"]
     if as_json:
         click.echo(json.dumps(logs))
         return
-    for line in logs:
-        text = (line.get("message") or "").rstrip()
-        if sys.stdout.isatty():
-            text = printable(text.replace("\r\n", "\n"), keep="\n\t")
-        click.echo(f"{date(line['timestamp_ms'])} {line.get('source') or '-'} {text}")
+    for entry in logs:
+        click.echo(_line(entry))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    text = (entry.get("message") or "").rstrip()
+    if sys.stdout.isatty():
+        text = printable(text.replace("\r\n", "\n"), keep="\n\t")
+    return f"{date(entry['timestamp_ms'])} {entry.get('source') or '-'} {text}"
 
 
 @boxes.command("shutdown")
 @click.option("--all", "every", is_flag=True, help="All boxes that have not ended.")
 @remote_options
-@click.argument("box_ids", metavar="[ID]...", nargs=-1)
-def boxes_shutdown(
-    box_ids: tuple[str, ...], every: bool, url: str | None, key_file: Path | None, as_json: bool
-) -> None:
+@click.argument("names", metavar="[BOX]...", nargs=-1, shell_complete=box_names)
+def boxes_shutdown(names: tuple[str, ...], every: bool, url: str | None, key_file: Path | None, as_json: bool) -> None:
     """End boxes and free their disks."""
-    if every == bool(box_ids):
-        raise click.UsageError("name boxes by their ids, or give --all")
+    if every == bool(names):
+        raise click.UsageError("name boxes, or give --all")
     remote = find_remote(url, key_file)
     if every:
-        ended = ("shutdown", "failure")
-        box_ids = tuple(
-            box["id"] for box in all_pages(remote, "/v1/devboxes", "devboxes", {}) if box["status"] not in ended
-        )
+        found = all_pages(remote, "/v1/devboxes", "devboxes", {})
+        box_ids = [box["id"] for box in found if box["status"] not in ENDED]
+    else:
+        box_ids = [find_box(remote, name) for name in names]
     for box_id in box_ids:
         remote.call("POST", f"/v1/devboxes/{box_id}/shutdown", {})
         if not as_json:
             click.echo(box_id)
     if as_json:
-        click.echo(json.dumps(list(box_ids)))
+        click.echo(json.dumps(box_ids))

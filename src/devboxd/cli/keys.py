@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from devboxd.cli.options import as_json_option, config_option, load_settings, state_option
 from devboxd.cli.printing import date, table
+from devboxd.errors import SetupError
 
 if TYPE_CHECKING:
     from devboxd.store.db import Store
@@ -55,7 +57,7 @@ def keys_list(as_json: bool, state: Path | None, config: Path | None) -> None:
         click.echo(msgspec.json.encode(found).decode())
         return
     rows = [(key.id, key.name, date(key.create_time_ms), "revoked" if key.revoke_time_ms else "") for key in found]
-    table(("id", "name", "made", ""), rows)
+    table(("id", "name", "made", ""), rows, drop=("made",))
 
 
 @keys.command("revoke")
@@ -79,7 +81,15 @@ def _with_store(config: Path | None, state: Path | None, action: Callable[[Store
     from devboxd.store.db import FILE_NAME, Store
 
     logs.configure("auto")
-    store = Store.open(load_settings(config, state=state).state / FILE_NAME)
+    folder = load_settings(config, state=state).state
+    if os.geteuid() != 0 and not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"cannot open {folder}: the server's folder is root's; run this as root")
+    if not (folder / FILE_NAME).is_file():
+        raise SetupError(
+            f"cannot use {folder}: no server has used this folder; name the right one with --state, or start the server"
+            " first, which makes a key as well"
+        )
+    store = Store.open(folder / FILE_NAME)
     try:
         return asyncio.run(action(store))
     finally:

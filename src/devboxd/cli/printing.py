@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from devboxd.errors import SetupError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 T = TypeVar("T")
+_LEAST = 12
+"""Characters of the last column that a line shall hold, if it has so many."""
 
 
 def say(text: str) -> int:
@@ -24,19 +30,37 @@ def refuse(message: str) -> int:
     return say(" ".join(message.split()))
 
 
-def table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Columns on a terminal; on a pipe one line per row, fields set apart by tabs, for other programs."""
-    if not sys.stdout.isatty():
-        for row in rows:
-            click.echo("\t".join(printable(cell) for cell in row))
-        return
-    from rich.console import Console
-    from rich.table import Table
+def table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], drop: Sequence[str] = ()) -> None:
+    """Columns on a terminal; on a pipe one line per row, fields set apart by tabs, for other programs.
 
-    shown = Table(*titles, box=None, pad_edge=False)
-    for row in rows:
-        shown.add_row(*(printable(cell).replace("[", r"\[") for cell in row))
-    Console().print(shown)
+    Where the terminal is too narrow the columns `drop` are left out, the first one first; nothing is ever cut. The last
+    column may go on in the next line.
+    """
+    shown = [tuple(printable(cell) for cell in row) for row in rows]
+    if not sys.stdout.isatty():
+        for row in shown:
+            click.echo("\t".join(row))
+        return
+    widths = [max(map(len, column)) for column in zip(titles, *shown, strict=True)]
+    kept = list(range(len(titles)))
+    for title in drop:
+        if sum(widths[number] + 2 for number in kept[:-1]) + min(widths[-1], _LEAST) > _columns():
+            kept.remove(titles.index(title))
+    for row in (titles, *shown):
+        click.echo("  ".join(row[number].ljust(widths[number]) for number in kept).rstrip())
+
+
+def _columns() -> int:
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for what needs more than lines; without colours where NO_COLOR asks for none."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -64,7 +88,6 @@ def with_progress(work: Callable[[Callable[[float, str], None]], Coroutine[Any, 
     """Do something that takes its time, with a bar on standard error."""
     import asyncio
 
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from devboxd import logs
@@ -77,7 +100,7 @@ def with_progress(work: Callable[[Callable[[float, str], None]], Coroutine[Any, 
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0, visible=False)  # what is refused at once never showed progress
 
         def show(done: float, text: str) -> None:

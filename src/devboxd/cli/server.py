@@ -117,4 +117,6 @@ def image_build(config: Path | None) -> None:
     """
     from devboxd.engine.images import Images
 
+    if os.geteuid() != 0:
+        raise SetupError("cannot build the image: only root may make its files; run this as root")
     click.echo(with_progress(Images(load_settings(config)).ensure_default).name)

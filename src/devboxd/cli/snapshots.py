@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from devboxd.cli.options import all_pages, find_remote, remote_options
+from devboxd.cli import completion
+from devboxd.cli.options import all_pages, find_box, find_remote, remote_options
 from devboxd.cli.printing import date, size, table
 
 
@@ -21,12 +22,13 @@ def snapshot() -> None:
 
 
 @snapshot.command("list")
-@click.option("--devbox", metavar="ID", help="Only snapshots of this devbox.")
+@click.option("--devbox", metavar="BOX", shell_complete=completion.box_names, help="Only snapshots of this box.")
 @remote_options
 def snapshot_list(devbox: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
     """List the snapshots, newest first."""
-    query = {"devbox_id": devbox} if devbox else {}
-    found = all_pages(find_remote(url, key_file), "/v1/devboxes/disk_snapshots", "snapshots", query)
+    remote = find_remote(url, key_file)
+    query = {"devbox_id": find_box(remote, devbox, ended=True)} if devbox else {}
+    found = all_pages(remote, "/v1/devboxes/disk_snapshots", "snapshots", query)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -34,12 +36,12 @@ def snapshot_list(devbox: str | None, url: str | None, key_file: Path | None, as
         (one["id"], date(one["create_time_ms"]), size(one["size_bytes"]), one["source_devbox_id"], one["name"] or "")
         for one in found
     ]
-    table(("id", "taken", "size", "devbox", "name"), rows)
+    table(("id", "taken", "size", "devbox", "name"), rows, drop=("taken", "size", "devbox"))
 
 
 @snapshot.command("verify")
 @remote_options
-@click.argument("snapshot_ids", metavar="[ID]...", nargs=-1, required=True)
+@click.argument("snapshot_ids", metavar="ID...", nargs=-1, required=True, shell_complete=completion.snapshot_ids)
 def snapshot_verify(snapshot_ids: tuple[str, ...], url: str | None, key_file: Path | None, as_json: bool) -> None:
     """Tell whether snapshots are intact.
 
