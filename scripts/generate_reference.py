@@ -19,8 +19,10 @@ import msgspec
 from devboxd import config
 from devboxd.cli import cli
 from devboxd.config import PREFIX, Settings
+from devboxd.http import openapi
 from devboxd.http.binding import Route
 from devboxd.routes import ROUTES
+from devboxd.unimplemented import UNIMPLEMENTED
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reference"
 _MADE = "<!-- Made by scripts/generate_reference.py; do not edit. -->\n"
@@ -92,15 +94,14 @@ def operations() -> str:
         "OpenAPI 3.1 at `/openapi.json`. *Once*: repeated\nwith the same `x-request-id`, it is not done again. "
         "`GET /healthz` needs no key.\n"
     ]
-    names = {"accounts": "Accounts", "devboxes": "Devboxes", "executions": "Executions", "access": "Files"}
-    title = ""
-    for route in ROUTES:
-        words = route.handler.__module__.split(".")
-        group = names.get(words[-1]) or names.get(words[1]) or words[1].capitalize()
-        if group != title:
-            title = group
-            parts.append(f"\n## {title}\n\n| operation | what it does | once |\n|---|---|---|\n")
-        parts.append(_row(route))
+    for tag in openapi.TAGS:
+        rows = "".join(_row(route) for route in ROUTES if openapi.tag(route) == tag)
+        if rows:
+            parts.append(f"\n## {tag}\n\n| operation | what it does | once |\n|---|---|---|\n{rows}")
+    parts.append("\n## Not in this version\n\nAnswered by 501, with what to do instead.\n")
+    for why, group in itertools.groupby(UNIMPLEMENTED, key=lambda row: row.why):
+        rows = "".join(f"| `{row.method} {row.path}` | {row.name} |\n" for row in group)
+        parts.append(f"\n{why[:1].upper()}{why[1:]}:\n\n| operation | name |\n|---|---|\n{rows}")
     return "".join(parts)
 
 

@@ -81,6 +81,12 @@ def test_a_body_that_is_no_json_by_its_type_is_refused(api: Api) -> None:
     assert _new(api) == before
 
 
+def test_what_is_not_built_is_refused_by_its_name_and_the_client_does_not_ask_again(api: Api) -> None:
+    assert "blueprints.create" in api.refused("POST", "/v1/blueprints", 501, {"name": "x"})
+    assert "execut" in api.refused("POST", "/v1/devboxes/dbx_x/create_ssh_key", 501, {})
+    assert api.http.post("/v1/secrets").headers["x-should-retry"] == "false"
+
+
 def test_deeply_nested_json_is_refused(api: Api) -> None:
     text = '{"metadata":' + "[" * 100_000 + "]" * 100_000 + "}"
     api.refused("POST", "/v1/devboxes", 400, content=text, headers={"content-type": "application/json"})

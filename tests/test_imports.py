@@ -27,7 +27,7 @@ BASE = {
     "probes",
     "remote",
 }
-TOP = {"routes", "app", "cli", "doctor", "storage", "backup"}
+TOP = {"routes", "unimplemented", "app", "cli", "doctor", "storage", "backup"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -52,6 +52,7 @@ from devboxd.resources.metrics import Metrics
 from devboxd.routes import ROUTES
 from devboxd.store.db import FILE_NAME, Store
 from devboxd.tasks import Tasks
+from devboxd.unimplemented import UNIMPLEMENTED
 
 _log = structlog.get_logger()
 _LINGER_S = 1.0
@@ -151,7 +152,13 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
             store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
         )  # fmt: skip
         application = build(
-            ROUTES, services, store=store, settings=settings, ready=lambda: ready.state, requests=requests
+            ROUTES,
+            services,
+            store=store,
+            settings=settings,
+            ready=lambda: ready.state,
+            requests=requests,
+            absent=UNIMPLEMENTED,
         )
         await first_start(store, settings.state)
         async with _listening(listener, application, closing, ready) as serving:

@@ -15,7 +15,7 @@ import schemathesis
 
 HELD_S = 0.1
 """How long a case holds an answer at most: what never comes is no subject here."""
-PUBLIC = {"/healthz", "/openapi.json", "/docs"}
+PUBLIC = {"/", "/healthz", "/openapi.json", "/docs"}
 CREATES = {"/v1/devboxes", "/v1/devboxes/create_and_await_running"}
 ENDED = {"shutdown", "suspend", "tail"}
 """What must not be done to the devbox that all cases share, or would have no end there."""

@@ -33,32 +33,43 @@ class ReadFile(msgspec.Struct, frozen=True):
     """Which file to read: absolute, or relative to the home directory."""
 
     file_path: str
+    """Absolute, or relative to the home directory. Example: `"notes.txt"`"""
 
 
 class WriteFile(msgspec.Struct, frozen=True):
     """Which file to write, and all that it shall hold."""
 
     file_path: str
+    """Absolute, or relative to the home directory. Example: `"notes.txt"`"""
     contents: str
+    r"""All that it shall hold, at most 100 MB. Example: `"hello\n"`"""
 
 
 class DownloadFile(msgspec.Struct, frozen=True):
     """Which file to send: absolute, or relative to the home directory."""
 
     path: str
+    """Absolute, or relative to the home directory. Example: `"build/app.tar"`"""
 
 
 class UploadFile(msgspec.Struct, frozen=True):
     """The parts of an upload: where the file goes, and its bytes."""
 
     path: str
+    """Absolute, or relative to the home directory. Example: `"data.bin"`"""
     file: Annotated[str, msgspec.Meta(extra_json_schema={"format": "binary"})]
+    """The bytes of the file. Example: `"@data.bin"`"""
 
 
 async def read_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: ReadFile
 ) -> Annotated[Response, "text/plain", 403, 429, 504]:
-    """The file as text/plain, byte for byte; up to 100 MB."""
+    """The file as text/plain, byte for byte; up to 100 MB.
+
+    ```python
+    text = client.devboxes.read_file_contents(box.id, file_path="notes.txt")
+    ```
+    """
     places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.file_path)
     if (file.size or 0) > TEXT_LIMIT:
@@ -75,7 +86,12 @@ async def read_file_contents(
 async def write_file_contents(
     devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
 ) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
-    """Create or replace a file with this text; missing parent directories are made."""
+    """Create or replace a file with this text; missing parent directories are made.
+
+    ```python
+    client.devboxes.write_file_contents(box.id, file_path="notes.txt", contents="hello\\n")
+    ```
+    """
     certain = len(body.contents) * _WIDEST <= TEXT_LIMIT
     if not certain and (size := sum(map(len, _encoded(body.contents)))) > TEXT_LIMIT:
         raise ApiError(413, f"cannot write {size} bytes as text: at most 100 MB; use upload_file", retry=False)
@@ -88,7 +104,12 @@ async def write_file_contents(
 async def upload_file(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str
 ) -> Annotated[Response, 403, 429, 504, 507]:
-    """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed."""
+    """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed.
+
+    ```python
+    client.devboxes.upload_file(box.id, path="data.bin", file=Path("data.bin"))
+    ```
+    """
     box = await _box(devboxes, boxes, call, devbox_id)
     upload = Upload(call.request)
     with places.taking():
@@ -99,7 +120,12 @@ async def upload_file(
 async def download_file(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: DownloadFile
 ) -> Annotated[Response, "application/octet-stream", 403, 429, 504]:
-    """The file's bytes, streamed, as an attachment."""
+    """The file's bytes, streamed, as an attachment.
+
+    ```python
+    client.devboxes.download_file(box.id, path="build/app.tar").write_to_file("app.tar")
+    ```
+    """
     places.check()
     file = await files.open(await _box(devboxes, boxes, call, devbox_id), body.path)
     name = body.path.rsplit("/", 1)[-1]

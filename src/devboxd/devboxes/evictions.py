@@ -17,7 +17,9 @@ class EvictionView(msgspec.Struct, frozen=True):
     """A devbox that will be suspended, and when, in Unix milliseconds."""
 
     devbox_id: str
+    """The devbox. Example: `"dbx_0BwT25a4ESR05DXUEbW3kZ"`"""
     eviction_deadline_ms: int
+    """When it will be suspended, in Unix milliseconds. Example: `1764352800000`"""
 
 
 async def watch_evictions(
@@ -26,6 +28,11 @@ async def watch_evictions(
     """A stream of events without any: no devbox is ever evicted here. It lasts until the server stops.
 
     Published clients ask for it as text/event-stream or as application/json; who accepts neither gets an empty text.
+
+    ```python
+    for eviction in client.devboxes.watch_evictions():
+        print(eviction.devbox_id)
+    ```
     """
     accepted = (call.request.headers.get("accept") or "*/*").lower()
     if not any(kind in accepted for kind in ("text/event-stream", "application/json", "*/*")):

@@ -21,16 +21,27 @@ class DevboxUsageView(msgspec.Struct, frozen=True):
     """
 
     id: str
+    """The devbox. Example: `"dbx_0BwT25a4ESR05DXUEbW3kZ"`"""
     status: str
+    """Its status. Example: `"running"`"""
     start_time_ms: int
+    """When it was created, in Unix milliseconds. Example: `1764352800000`"""
     end_time_ms: int | None
+    """When it ended, in Unix milliseconds; null before. Example: `null`"""
     total_active_seconds: int
+    """Seconds in which it was not suspended. Example: `3600`"""
     total_elapsed_seconds: int
+    """Seconds since it was created, until it ended. Example: `7200`"""
     vcpu_seconds: int
+    """Its cores times the active seconds. Example: `3600`"""
     memory_gb_seconds: int
+    """GiB of its memory times the active seconds. Example: `7200`"""
     disk_gb_seconds: int
+    """GiB of its disk times the elapsed seconds. Example: `28800`"""
     live: Figures | None = None
+    """What it uses at this moment; null unless it lives."""
     awake: tuple[str, ...] = ()
+    """What kept it from being idle when the server looked last, in words. Example: `["1 running command"]`"""
 
 
 def used(devbox: Devbox, now: int, live: Figures | None = None, awake: tuple[str, ...] = ()) -> DevboxUsageView:

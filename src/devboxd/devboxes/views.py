@@ -39,14 +39,18 @@ class UserParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The Linux user of a devbox; `uid` 0 is root."""
 
     username: str
+    """A letter, then at most 31 letters, digits, `-`, `_` or `.`. Example: `"user"`"""
     uid: int
+    """The id of the user, 0 to 65533; 0 is root. Example: `1000`"""
 
 
 class AfterIdle(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """An idle policy as it is asked for; without values it asks for nothing."""
 
     idle_time_seconds: int | None = None
+    """Seconds without use after which the devbox is idle: 1 to 172,800. Example: `600`"""
     on_idle: Literal["shutdown", "suspend"] | None = None
+    """What happens then. Example: `"suspend"`"""
 
 
 class IdlePolicy(NamedTuple):
@@ -60,117 +64,199 @@ class ResumeTriggers(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unk
     """What wakes a suspended devbox beside a resume. There are no tunnels and axons yet, so true is refused."""
 
     http: bool | None = None
+    """Whether a request to a tunnel wakes it; not in this version. Example: `false`"""
     axon_event: bool | None = None
+    """Whether an event wakes it; not in this version. Example: `false`"""
 
 
 class LifecycleHooks(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Commands before a suspend, all together within the deadline."""
 
     suspend_commands: list[str] | None = None
+    """Shell commands that run before each suspend, one after the other, as the user of the devbox. Example: `["git
+    stash"]`
+    """
     suspend_deadline_ms: int | None = None
+    """Milliseconds for all of them together: 1 to 60,000. Null: 30,000. Example: `30000`"""
 
 
 class Lifecycle(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How a devbox sleeps and wakes."""
 
     after_idle: AfterIdle | None = None
+    """The idle policy; the same as `launch_parameters.after_idle`, of which one is set."""
     resume_triggers: ResumeTriggers | None = None
+    """What wakes it."""
     lifecycle_hooks: LifecycleHooks | None = None
+    """What runs before it sleeps."""
 
 
 class LaunchParameters(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What a devbox is launched with. Fields under `not yet` are refused when set."""
 
     resource_size_request: Size | None = None
+    """Processors, memory and disk. X_SMALL 0.5 cores, 1 GiB, 4 GiB; SMALL 1, 2, 4; MEDIUM 2, 4, 8; LARGE 2, 8, 16;
+    X_LARGE 4, 16, 16; XX_LARGE 8, 32, 16. Null: SMALL. Example: `"MEDIUM"`
+    """
     custom_cpu_cores: float | None = None
+    """Cores of a CUSTOM_SIZE: 0.5, 1 or an even number up to 16. Example: `2`"""
     custom_gb_memory: int | None = None
+    """GiB of memory of a CUSTOM_SIZE: 1 or an even number up to 64, 2 to 8 for each core. Example: `8`"""
     custom_disk_size: int | None = None
+    """GiB of disk of a CUSTOM_SIZE: an even number from 2 to 64. Null: 4. Example: `16`"""
     architecture: Literal["x86_64", "arm64"] | None = None
+    """Of the processor; this server has x86_64. Example: `"x86_64"`"""
     user_parameters: UserParameters | None = None
+    """The user as whom commands run and files are written. Null: `user`, 1000."""
     launch_commands: list[str] | None = None
+    """Shell commands that run before the devbox is `running`, at each start; one that fails fails the devbox. Example:
+    `["pip install pytest"]`
+    """
     keep_alive_time_seconds: int | None = None
+    """Seconds until the devbox is shut down, 1 to 172,800 (48 h); `keep_alive` begins them anew. Null: 3600. With an
+    idle policy that decides alone. Example: `3600`
+    """
     provisioning_tier: Literal["standard", "flex"] | None = None
+    """Accepted for clients that send it; there is one tier. Example: `"standard"`"""
     after_idle: AfterIdle | None = None
+    """What happens to a devbox that is not used; replaces the deadline of `keep_alive_time_seconds`."""
     lifecycle: Lifecycle | None = None
+    """How it sleeps and wakes."""
     # not yet
     available_ports: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     network_policy_id: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     required_services: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
 
 
 class CreateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of create: all optional. Unknown fields are refused: they would ask for another devbox."""
 
     name: str | None = None
+    """A name for people; it need not be the only one of its kind. At most 1024 characters. Example: `"first"`"""
     environment_variables: dict[str, str] | None = None
+    """Variables of every command. Example: `{"LANG": "C.UTF-8"}`"""
     file_mounts: dict[str, str] | None = None
+    r"""Files that are written before the devbox is `running`: path to contents. Example: `{"/home/user/.gitconfig":
+    "[user]\n"}`
+    """
     entrypoint: str | None = None
+    """A shell command that runs as long as the devbox, from `running` on; its end ends nothing else. Example: `"python3
+    -m http.server"`
+    """
     launch_parameters: LaunchParameters | None = None
+    """Size, user, commands and deadlines."""
     metadata: dict[str, str] | None = None
+    """Labels: at most 1024 keys of 1 to 1024 characters, values of at most 16,384. Example: `{"team": "search"}`"""
     snapshot_id: str | None = None
+    """The snapshot from whose disk it begins. Null: the default image. Example: `"snp_0BwT25a4ESR05DXUEbW3kZ"`"""
     # not yet
     mounts: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     code_mounts: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     secrets: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     blueprint_id: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     blueprint_name: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     tunnel: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     gateways: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     mcp: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
     repo_connection_id: Any = None
+    """Not in this version: refused unless it is null or empty. Example: `null`"""
 
 
 class UpdateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A patch: absent leaves a field as it is, an empty value clears it."""
 
     name: str | msgspec.UnsetType | None = msgspec.UNSET
+    """A name for people; it need not be the only one of its kind. At most 1024 characters. Empty: none. Example:
+    `"renamed"`
+    """
     metadata: dict[str, str] | msgspec.UnsetType | None = msgspec.UNSET
+    """Replaces all labels. Labels: at most 1024 keys of 1 to 1024 characters, values of at most 16,384. Example:
+    `{"team": "search"}`
+    """
 
 
 class WaitForStatus(msgspec.Struct, frozen=True):
     """Which statuses end a wait, and after how many seconds it gives up."""
 
     statuses: list[str]
+    """Statuses of which one ends the wait. Example: `["running", "failure"]`"""
     timeout_seconds: float | None = None
+    """Seconds after which the answer is 408: at most 24. Null: 10. Example: `10`"""
 
 
 class StateTransition(msgspec.Struct, frozen=True):
     """A status and when it began; `failure_reason` says in words what went wrong."""
 
     status: str
+    """The status. Example: `"running"`"""
     transition_time_ms: int
+    """When it began, in Unix milliseconds. Example: `1764352800000`"""
     failure_reason: str | None = None
+    """What went wrong, in words; null where nothing did. Example: `null`"""
 
 
 class DevboxView(msgspec.Struct, frozen=True):
     """A devbox as clients see it."""
 
     id: str
+    """The id, by which all operations name it. Example: `"dbx_0BwT25a4ESR05DXUEbW3kZ"`"""
     status: str
+    """provisioning, initializing, running, suspending, suspended, shutdown or failure. Example: `"running"`
+    """
     name: str | None
+    """The name that it was given. Example: `"first"`"""
     create_time_ms: int
+    """When it was created, in Unix milliseconds. Example: `1764352800000`"""
     end_time_ms: int | None
+    """When it ended, in Unix milliseconds; null before. Example: `null`"""
     capabilities: list[str]
+    """Accepted for clients that read it; always empty. Example: `[]`"""
     metadata: dict[str, str]
+    """Its labels. Example: `{"team": "search"}`"""
     launch_parameters: LaunchParameters
+    """What it was launched with."""
     state_transitions: list[StateTransition]
+    """Its statuses so far, oldest first."""
     failure_reason: str | None
+    """Why it failed: out_of_memory, out_of_disk or execution_failed; null where it did not. Example: `null`"""
     shutdown_reason: str | None
+    """Why it was shut down: api_shutdown, keep_alive_timeout or idle; null before. Example: `null`"""
     initiator_type: str = "api"
+    """By what it was created. Example: `"api"`"""
     initiator_id: str | None = None
+    """Always null. Example: `null`"""
     blueprint_id: str | None = None
+    """Always null in this version. Example: `null`"""
     snapshot_id: str | None = None
+    """The snapshot from which it began. Example: `null`"""
     tunnel: None = None
+    """Always null in this version. Example: `null`"""
     gateway_specs: None = None
+    """Always null in this version. Example: `null`"""
     mcp_specs: None = None
+    """Always null in this version. Example: `null`"""
 
 
 class DevboxListView(msgspec.Struct, frozen=True):
     """A page of devboxes, newest first."""
 
     devboxes: list[DevboxView]
+    """The devboxes of this page."""
     has_more: bool
+    """Whether there are others; `starting_after` with the last id gives them. Example: `false`"""
     total_count: int | None
+    """How many there are in all pages; null unless it was asked for. Example: `1`"""
 
 
 _NOT_YET_CREATE = (

@@ -54,7 +54,9 @@ class Stall:
     """The share of the last ten seconds, in percent, in which some processes, or all of them, waited for something."""
 
     some: float
+    """Percent of the time in which some waited. Example: `1.5`"""
     full: float | None
+    """Percent of the time in which all waited; null for processors. Example: `0.0`"""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,21 @@ class Figures:
     """
 
     cpu_seconds: float | None
+    """Seconds of processors. Example: `12.5`"""
     memory_bytes: int | None
+    """Bytes of memory. Example: `104857600`"""
     memory_peak_bytes: int | None
+    """The most bytes of memory so far. Example: `209715200`"""
     pids: int | None
+    """Processes and threads. Example: `12`"""
     network_in_bytes: int | None = None
+    """Bytes that it received. Example: `4096`"""
     network_out_bytes: int | None = None
+    """Bytes that it sent. Example: `4096`"""
     disk_bytes: int | None = None
+    """Bytes on its disk. Example: `104857600`"""
     pressure: dict[str, Stall] | None = None
+    """How much it waits, by cpu, memory and io; null under cgroups version 1."""
 
 
 class Engine(Protocol):

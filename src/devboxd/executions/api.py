@@ -26,6 +26,7 @@ from devboxd.executions.views import (
     SendStdInResult,
 )
 from devboxd.http.operation import Call
+from devboxd.http.parameters import LastLines, Offset
 from devboxd.http.streams import HELD_S, Places, events
 
 _STATUSES = frozenset({QUEUED, RUNNING, COMPLETED})
@@ -37,7 +38,9 @@ class WaitForExecution(msgspec.Struct, frozen=True):
     """Which statuses end a wait, and after how many seconds it gives up."""
 
     statuses: list[str]
+    """Statuses of which one ends the wait. Example: `["completed"]`"""
     timeout_seconds: float | None = None
+    """Seconds after which the answer is 408: at most 24. Null: 24. Example: `20`"""
 
 
 async def execute(
@@ -47,9 +50,14 @@ async def execute(
     call: Call,
     devbox_id: str,
     body: Execute,
-    last_n: str | None = None,
+    last_n: LastLines = None,
 ) -> Annotated[ExecutionView, 429]:
-    """Run a command and wait at most `optimistic_timeout` seconds (24 at most) for its end; it is never stopped."""
+    """Run a command and wait at most `optimistic_timeout` seconds (24 at most) for its end; it is never stopped.
+
+    ```python
+    run = client.devboxes.execute(box.id, command="make test", command_id="cmd-1")
+    ```
+    """
     lines = lines_wanted(last_n)
     _no_stdin(body.attach_stdin)
     hold = _seconds(body.optimistic_timeout, _WAIT_S, "optimistic_timeout")
@@ -64,7 +72,12 @@ async def execute(
 async def execute_async(
     devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteAsync
 ) -> Annotated[ExecutionView, 429]:
-    """Start a command and return at once; with `attach_stdin` it reads what send_std_in gives it."""
+    """Start a command and return at once; with `attach_stdin` it reads what send_std_in gives it.
+
+    ```python
+    run = client.devboxes.execute_async(box.id, command="make test", attach_stdin=True)
+    ```
+    """
     await _usable(devboxes, call, devbox_id)
     row = await executions.start(
         devbox_id,
@@ -80,7 +93,12 @@ async def execute_async(
 async def execute_sync(
     devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteSync
 ) -> Annotated[ExecutionDetailView, 429]:
-    """Run a command to its end, however long that takes."""
+    """Run a command to its end, however long that takes.
+
+    ```python
+    result = client.devboxes.execute_sync(box.id, command="make test")
+    ```
+    """
     _no_stdin(body.attach_stdin)
     await _usable(devboxes, call, devbox_id)
     row = await executions.start(devbox_id, body.command, shell_name=body.shell_name, once=call.once)
@@ -93,9 +111,14 @@ async def retrieve_execution(
     call: Call,
     devbox_id: str,
     execution_id: str,
-    last_n: str | None = None,
+    last_n: LastLines = None,
 ) -> ExecutionView:
-    """The execution with its last lines of output so far."""
+    """The execution with its last lines of output so far.
+
+    ```python
+    run = client.devboxes.executions.retrieve(run.execution_id, devbox_id=box.id)
+    ```
+    """
     lines = lines_wanted(last_n)
     return looking.view(await _find(devboxes, looking, call, devbox_id, execution_id), lines)
 
@@ -107,9 +130,14 @@ async def wait_for_execution(
     devbox_id: str,
     execution_id: str,
     body: WaitForExecution,
-    last_n: str | None = None,
+    last_n: LastLines = None,
 ) -> ExecutionView:
-    """Hold the answer until the execution has one of the statuses; 408 when the time is over first."""
+    """Hold the answer until the execution has one of the statuses; 408 when the time is over first.
+
+    ```python
+    run = client.devboxes.executions.await_completed(run.execution_id, devbox_id=box.id)
+    ```
+    """
     lines = lines_wanted(last_n)
     wanted = frozenset(body.statuses)
     if not wanted or not wanted <= _STATUSES:
@@ -131,7 +159,12 @@ async def kill_execution(
     execution_id: str,
     body: Kill | None = None,
 ) -> ExecutionView:
-    """End the launched process or its group: SIGTERM, then SIGKILL. An execution that has completed stays as it is."""
+    """End the launched process or its group: SIGTERM, then SIGKILL. An execution that has completed stays as it is.
+
+    ```python
+    client.devboxes.executions.kill(run.execution_id, devbox_id=box.id)
+    ```
+    """
     row = await _find(devboxes, looking, call, devbox_id, execution_id)
     await executions.kill(row, bool(body is not None and body.kill_process_group))
     row = await _find(devboxes, looking, call, devbox_id, execution_id)
@@ -147,7 +180,12 @@ async def send_std_in(
     execution_id: str,
     body: SendStdIn,
 ) -> SendStdInResult:
-    """Give a running execution text, the end of its stdin (EOF) or an interrupt (SIGINT to its group)."""
+    """Give a running execution text, the end of its stdin (EOF) or an interrupt (SIGINT to its group).
+
+    ```python
+    client.devboxes.executions.send_std_in(run.execution_id, devbox_id=box.id, text="yes\\n")
+    ```
+    """
     if (body.signal is None) == (not body.text):
         raise bad_request(
             "cannot send to stdin: give exactly one of `text` (not empty) and `signal` (EOF or INTERRUPT)"
@@ -164,9 +202,15 @@ async def stream_stdout_updates(
     call: Call,
     devbox_id: str,
     execution_id: str,
-    offset: str | None = None,
+    offset: Offset = None,
 ) -> Annotated[Response, "text/event-stream", Chunk, 429]:
-    """Events with the standard output from byte `offset` on, until the execution has completed."""
+    """Events with the standard output from byte `offset` on, until the execution has completed.
+
+    ```python
+    for chunk in client.devboxes.executions.stream_stdout_updates(run.execution_id, devbox_id=box.id):
+        print(chunk.output, end="")
+    ```
+    """
     return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stdout", offset)
 
 
@@ -177,9 +221,15 @@ async def stream_stderr_updates(
     call: Call,
     devbox_id: str,
     execution_id: str,
-    offset: str | None = None,
+    offset: Offset = None,
 ) -> Annotated[Response, "text/event-stream", Chunk, 429]:
-    """Events with the standard error from byte `offset` on, until the execution has completed."""
+    """Events with the standard error from byte `offset` on, until the execution has completed.
+
+    ```python
+    for chunk in client.devboxes.executions.stream_stderr_updates(run.execution_id, devbox_id=box.id):
+        print(chunk.output, end="")
+    ```
+    """
     return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stderr", offset)
 
 

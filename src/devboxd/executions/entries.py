@@ -31,13 +31,21 @@ class LogEntry(msgspec.Struct, frozen=True):
     """
 
     level: str
+    """info or error. Example: `"info"`"""
     timestamp_ms: int
+    """When its command was started, or the event happened, in Unix milliseconds. Example: `1764352800000`"""
     source: str
+    """setup_commands, entrypoint, exec, stats or kmsg. Example: `"exec"`"""
     message: str
+    """What there is to tell. Example: `"-> make test"`"""
     cmd_id: str | None = None
+    """The execution to which it belongs. Example: `"exe_0BwT25a4ESR05DXUEbW3kZ"`"""
     cmd: str | None = None
+    """The command. Example: `"make test"`"""
     shell_name: str | None = None
+    """The named shell. Example: `null`"""
     exit_code: int | None = None
+    """The exit code, once it has ended. Example: `0`"""
 
 
 def states(devbox: Devbox) -> list[LogEntry]:

@@ -15,6 +15,7 @@ from devboxd.executions.entries import LogEntry
 from devboxd.executions.looking import Looking
 from devboxd.executions.tailing import Tailing
 from devboxd.http.operation import Call
+from devboxd.http.parameters import OfExecution, OfShell
 from devboxd.http.streams import Places, events
 
 
@@ -22,6 +23,7 @@ class LogsView(msgspec.Struct, frozen=True):
     """Entries, oldest first; the oldest are left out where there are too many."""
 
     logs: list[LogEntry]
+    """The entries."""
 
 
 async def list_logs(
@@ -30,13 +32,17 @@ async def list_logs(
     incidents: Incidents,
     call: Call,
     devbox_id: str,
-    execution_id: str | None = None,
-    shell_name: str | None = None,
+    execution_id: OfExecution = None,
+    shell_name: OfShell = None,
 ) -> LogsView:
     """The newest 1000 entries, at most 1 MiB of text, also of a devbox that has ended.
 
     Of each stream its last 1 MiB is looked at, of a line its last 16 KiB; `...` stands for what is left out. With
     `execution_id` or `shell_name` those of one execution or named shell alone.
+
+    ```python
+    logs = client.devboxes.logs.list(box.id)
+    ```
     """
     devbox = await devboxes.get(call.account, devbox_id)
     if execution_id:
@@ -57,13 +63,17 @@ async def tail_logs(
     places: Places,
     call: Call,
     devbox_id: str,
-    execution_id: str | None = None,
-    shell_name: str | None = None,
+    execution_id: OfExecution = None,
+    shell_name: OfShell = None,
 ) -> Annotated[Response, "text/event-stream", LogEntry, 429]:
     """Events with the entries that a list would give, then with each new one, until the devbox has ended.
 
     With `execution_id` until that execution has ended. A command that was running when it was told is told again with
     its exit code. Lines come when they are whole, or in pieces of 16 KiB.
+
+    ```python
+    answer = client.get(f"/v1/devboxes/{box.id}/logs/tail", cast_to=str)
+    ```
     """
     devbox = await devboxes.get(call.account, devbox_id)
     if execution_id:

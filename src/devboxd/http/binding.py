@@ -46,6 +46,22 @@ class Route:
     form: type[msgspec.Struct] | None = None
 
 
+@dataclass(frozen=True)
+class Absent:
+    """An operation of the contract that this version lacks: its name in the clients, why, and what to do instead."""
+
+    method: str
+    path: str
+    name: str
+    why: str
+    instead: str
+
+    def refusal(self) -> ApiError:
+        """501, which clients are told not to repeat."""
+        words = f"cannot do {self.name}: {self.why} in this version; instead, {self.instead}"
+        return ApiError(501, words, retry=False)
+
+
 def path_names(path: str) -> tuple[str, ...]:
     """The names in braces of a path, in order."""
     return tuple(_NAMES.findall(path))

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 import devboxd
-from devboxd.http.binding import Operation, Parameter
+from devboxd.http import parameters, schemas
+from devboxd.http.binding import Operation, Parameter, Route
 
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
@@ -40,13 +41,23 @@ _ERRORS = {
     504: "A file of the devbox did not open in time",
     507: "The disk of the devbox is full",
 }
+TAGS = {
+    "Devboxes": ("devboxes.api", "devboxes.evictions"),
+    "Executions": ("executions.api",),
+    "Files": ("access.api",),
+    "Snapshots": ("devboxes.snapshot_api",),
+    "Logs": ("executions.logs",),
+    "Account": ("resources.accounts",),
+    "Server": ("resources.metrics", "http.pages"),
+}
+"""The groups of operations in the order in which they are shown, and the modules of their handlers."""
 
 
 def document(operations: Sequence[Operation]) -> bytes:
     """The whole document as JSON."""
     kinds = [kind for operation in operations for kind in (body_type(operation), answer_type(operation)) if kind]
-    schemas, components = msgspec.json.schema_components(kinds, ref_template=_REF)
-    by_kind = dict(zip(map(id, kinds), schemas, strict=True))
+    found, components = schemas.of(kinds, _REF)
+    by_kind = dict(zip(map(id, kinds), found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.route.path, {})[operation.route.method.lower()] = _describe(operation, by_kind)
@@ -55,6 +66,7 @@ def document(operations: Sequence[Operation]) -> bytes:
             "openapi": "3.1.0",
             "info": {"title": "devboxd", "version": devboxd.__version__},
             "security": [{"key": []}],
+            "tags": [{"name": name} for name in TAGS],
             "paths": paths,
             "components": {
                 "schemas": {"Error": _ERROR, **components},
@@ -65,10 +77,16 @@ def document(operations: Sequence[Operation]) -> bytes:
     )
 
 
+def tag(route: Route) -> str:
+    """The group to which an operation belongs."""
+    module = route.handler.__module__.partition(".")[2]
+    return next((name for name, modules in TAGS.items() if module in modules), "Other")
+
+
 def summary(operation: Operation) -> tuple[str, str]:
-    """The first line of the handler's docstring, and the rest of it."""
-    first, _, rest = (inspect.getdoc(operation.route.handler) or "").partition("\n")
-    return first, rest.strip()
+    """The first paragraph of the handler's docstring, and the rest of it: Markdown, with an example in Python last."""
+    first, _, rest = (inspect.getdoc(operation.route.handler) or "").partition("\n\n")
+    return " ".join(first.split()), rest.strip()
 
 
 def body_type(operation: Operation) -> Any:
@@ -111,21 +129,21 @@ def _is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
-def _describe(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
+def _describe(operation: Operation, by_kind: dict[int, Any]) -> dict[str, Any]:
     head, text = summary(operation)
     described: dict[str, Any] = {
         "operationId": operation.name,
-        "tags": [operation.group],
+        "tags": [tag(operation.route)],
         "summary": head,
         "parameters": _parameters(operation),
-        "responses": _responses(operation, schemas),
+        "responses": _responses(operation, by_kind),
     }
     if text:
         described["description"] = text
     if not operation.route.scope:
         described["security"] = []
     if (kind := body_type(operation)) is not None:
-        described["requestBody"] = _body(operation, schemas[id(kind)])
+        described["requestBody"] = _body(operation, by_kind[id(kind)])
     return described
 
 
@@ -139,25 +157,36 @@ def _body(operation: Operation, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
-    path = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in operation.binding.path_names
-    ]
-    query = [_query(parameter) for parameter in operation.binding.query.values()]
-    once = {"name": "x-request-id", "in": "header", "required": False, "schema": {"type": "string"}}
-    return [*path, *query, *([once] if operation.route.once else [])]
+    path = [_path(name) for name in operation.binding.path_names]
+    inquired = [query(parameter) for parameter in operation.binding.query.values()]
+    once = {
+        "name": "x-request-id",
+        "in": "header",
+        "required": False,
+        "description": "Repeated with the same id, a request is answered as the first one and not done again.",
+        "schema": {"type": "string"},
+    }
+    return [*path, *inquired, *([once] if operation.route.once else [])]
 
 
-def _query(parameter: Parameter) -> dict[str, Any]:
+def _path(name: str) -> dict[str, Any]:
+    text, example = parameters.PATH.get(name, ("", name))
+    described = {"description": text, "schema": {"type": "string", "examples": [example]}}
+    return {"name": name, "in": "path", "required": True, **described}
+
+
+def query(parameter: Parameter) -> dict[str, Any]:
+    """The description of one parameter of the query."""
     schema = msgspec.json.schema(parameter.kind)
+    described = {"description": text} if (text := schema.pop("description", "")) else {}
     if not parameter.required and parameter.default is not None:
         schema["default"] = parameter.default
-    return {"name": parameter.name, "in": "query", "required": parameter.required, "schema": schema}
+    return {"name": parameter.name, "in": "query", "required": parameter.required, **described, "schema": schema}
 
 
-def _responses(operation: Operation, schemas: dict[int, Any]) -> dict[str, Any]:
+def _responses(operation: Operation, by_kind: dict[int, Any]) -> dict[str, Any]:
     (media, *others), kind = media_types(operation), answer_type(operation)
-    schema = {"type": "object" if media == _JSON else "string"} if kind is None else schemas[id(kind)]
+    schema = {"type": "object" if media == _JSON else "string"} if kind is None else by_kind[id(kind)]
     if media == _EVENTS:
         schema = _event(schema)
     errors = {str(code): {"$ref": f"#/components/responses/Error{code}"} for code in error_codes(operation)}

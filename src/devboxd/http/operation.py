@@ -8,10 +8,8 @@ import secrets
 import traceback
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 from urllib.parse import unquote
 
-import msgspec
 import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -20,10 +18,11 @@ from starlette.types import Receive, Scope, Send
 from devboxd.config import Settings
 from devboxd.errors import ApiError, not_found, timed_out
 from devboxd.http import body as bodies
-from devboxd.http import docs_page, openapi
+from devboxd.http import pages
 from devboxd.http.answer import Answer, of_error, of_value
-from devboxd.http.binding import Binding, Operation, Route
+from devboxd.http.binding import Absent, Binding, Operation, Route
 from devboxd.http.body import BIG_BYTES, Body
+from devboxd.http.call import Call
 from devboxd.http.guard import Guard, authenticate
 from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
 from devboxd.http.requests import Requests
@@ -33,23 +32,6 @@ __all__ = ["Application", "Call", "Route", "Unready", "build"]
 
 _BODYLESS = ("GET", "HEAD", "OPTIONS")
 _log = structlog.get_logger()
-
-
-class Health(msgspec.Struct, frozen=True):
-    """That the server is ready; one that is not answers an error."""
-
-    status: str
-
-
-class Call:
-    """One request as its handler sees it: the caller's account, the raw request, the door to de-duplication."""
-
-    __slots__ = ("account", "once", "request")
-
-    def __init__(self, account: str, request: Request, once: Once) -> None:
-        self.account = account
-        self.request = request
-        self.once = once
 
 
 @dataclass(frozen=True)
@@ -73,12 +55,15 @@ def build(
     settings: Settings,
     ready: Callable[[], Unready | None],
     requests: Requests | None = None,
+    absent: Sequence[Absent] = (),
 ) -> Application:
     """The application for a table. `ready` gives None, or the reason why /v1 is not served yet.
 
-    Every request is counted in `requests`.
+    Every request is counted in `requests`. The operations in `absent` are refused by their names.
     """
-    return Application(routes, services, store=store, settings=settings, ready=ready, requests=requests or Requests())
+    return Application(
+        routes, services, store=store, settings=settings, ready=ready, requests=requests or Requests(), absent=absent
+    )
 
 
 class Application:
@@ -93,18 +78,21 @@ class Application:
         settings: Settings,
         ready: Callable[[], Unready | None],
         requests: Requests,
+        absent: Sequence[Absent],
     ) -> None:
         self._store = store
         self._ready = ready
         self._desk = Desk(store)
-        own = _own_routes(ready, lambda: self.operations)
+        own = pages.routes(lambda: _unready_error(ready()), lambda: self.operations, absent)
         known = {kind: service for service in services for kind in type(service).__mro__[:-1]}
         self.operations = [
             Operation(route, Binding(route.handler, route.path, Call, known)) for route in (*routes, *own)
         ]
         self._tree = _Node()
         for operation in self.operations:
-            self._tree.add(operation)
+            self._tree.add(operation, operation.route.method, operation.route.path)
+        for lacking in absent:
+            self._tree.add(lacking, lacking.method, lacking.path)
         self._guard = Guard(self._serve, settings, requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,11 +131,14 @@ class Application:
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | Response:
         operation, values = self._find(scope)
-        route = operation.route
         scope["devboxd.operation"] = operation.name
+        headers: dict[bytes, bytes] = scope["devboxd.headers"]
+        if isinstance(operation, Absent):
+            await authenticate(self._store, headers.get(b"authorization", b""))
+            raise operation.refusal()
+        route = operation.route
         if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
             raise await _sent_away(route, unready)
-        headers: dict[bytes, bytes] = scope["devboxd.headers"]
         account = ""
         if route.scope:
             account = await authenticate(self._store, headers.get(b"authorization", b""))
@@ -180,7 +171,7 @@ class Application:
         del body  # it is freed as soon as it is decoded
         return await self._desk.answer(key, fingerprint, work)
 
-    def _find(self, scope: Scope) -> tuple[Operation, list[str]]:
+    def _find(self, scope: Scope) -> tuple[Operation | Absent, list[str]]:
         """The operation, and the segments that its path names; an encoded slash belongs to its segment."""
         method, raw = scope["method"], scope["raw_path"].decode(errors="replace")
         for node, values in self._tree.find([unquote(segment) for segment in raw.split("/")], 1, []):
@@ -189,6 +180,12 @@ class Application:
             if node.operations:
                 raise _WrongMethod(method, scope["path"], sorted(node.operations))
         raise not_found(f"cannot find {_shown(scope['path'])}: there is no such path; /docs lists them all")
+
+
+def _unready_error(unready: Unready | None) -> ApiError | None:
+    if unready is None:
+        return None
+    return ApiError(503, f"cannot run commands now: {unready.reason}", retry_after=unready.retry_after)
 
 
 async def _sent_away(route: Route, unready: Unready) -> ApiError:
@@ -277,18 +274,18 @@ class _Node:
 
     static: dict[str, _Node] = field(default_factory=dict)
     named: _Node | None = None
-    operations: dict[str, Operation] = field(default_factory=dict)
+    operations: dict[str, Operation | Absent] = field(default_factory=dict)
 
-    def add(self, operation: Operation) -> None:
+    def add(self, operation: Operation | Absent, method: str, path: str) -> None:
         node = self
-        for segment in operation.route.path.split("/")[1:]:
+        for segment in path.split("/")[1:]:
             if segment.startswith("{"):
                 node.named = node.named or _Node()
                 node = node.named
             else:
                 node = node.static.setdefault(segment, _Node())
-        if node.operations.setdefault(operation.route.method, operation) is not operation:
-            raise TypeError(f"two rows for {operation.route.method} {operation.route.path}")
+        if node.operations.setdefault(method, operation) is not operation:
+            raise TypeError(f"two rows for {method} {path}")
 
     def find(self, segments: list[str], at: int, values: list[str]) -> Iterator[tuple[_Node, list[str]]]:
         if at == len(segments):
@@ -298,28 +295,6 @@ class _Node:
             yield from node.find(segments, at + 1, values)
         if self.named is not None and segments[at]:
             yield from self.named.find(segments, at + 1, [*values, segments[at]])
-
-
-def _own_routes(ready: Callable[[], Unready | None], operations: Callable[[], Sequence[Operation]]) -> list[Route]:
-    async def healthz() -> Annotated[Health, 503]:
-        """Tell whether the server is ready to run commands; 503 with the reason when it is not."""
-        if (unready := ready()) is not None:
-            raise ApiError(503, f"cannot run commands now: {unready.reason}", retry_after=unready.retry_after)
-        return Health("ready")
-
-    async def openapi_json() -> Response:
-        """Give the description of all operations as OpenAPI 3.1."""
-        return Response(openapi.document(operations()), media_type="application/json")
-
-    async def docs() -> Annotated[Response, "text/html"]:
-        """Give the same description as one web page."""
-        return Response(docs_page.page(operations()), media_type="text/html", headers=docs_page.HEADERS)
-
-    return [
-        Route("GET", "/healthz", healthz, scope=""),
-        Route("GET", "/openapi.json", openapi_json, scope=""),
-        Route("GET", "/docs", docs, scope=""),
-    ]
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -41,17 +41,24 @@ class Billing(msgspec.Struct, frozen=True):
     """Nobody is billed; the published clients want the field all the same."""
 
     account_billing_type: str = "UNRECOGNIZED"
+    """Always UNRECOGNIZED. Example: `"UNRECOGNIZED"`"""
 
 
 class AccountView(msgspec.Struct, frozen=True):
     """An account as clients see it."""
 
     id: str
+    """The account. Example: `"acc_0BwT25a4ESR05DXUEbW3kZ"`"""
     name: str
+    """Its name. Example: `"default"`"""
     created_at: str
+    """When it was made, in UTC. Example: `"2026-11-28T17:00:00.000Z"`"""
     account_status: str = "ACCOUNT_STATUS_ENABLED"
+    """Always the same. Example: `"ACCOUNT_STATUS_ENABLED"`"""
     tier: str = "ACCOUNT_TIER_ENTERPRISE"
+    """Always the same. Example: `"ACCOUNT_TIER_ENTERPRISE"`"""
     billing: Billing = Billing()
+    """Accepted for clients that read it."""
 
 
 class KeyView(msgspec.Struct, frozen=True):
@@ -65,7 +72,12 @@ class KeyView(msgspec.Struct, frozen=True):
 
 
 async def me(store: Store, call: Call) -> AccountView:
-    """Give the account of the key that is used."""
+    """Give the account of the key that is used.
+
+    ```python
+    account = client.accounts.me()
+    ```
+    """
     row = await store.read(lambda connection: connection.execute(_account, {"account_id": call.account}).one())
     created = datetime.fromtimestamp(row.create_time_ms / 1000, UTC)
     return AccountView(row.id, row.name, created.isoformat(timespec="milliseconds").replace("+00:00", "Z"))

@@ -121,7 +121,12 @@ class Metrics(Collector):
 
 
 async def retrieve_metrics(metrics: Metrics) -> Annotated[Response, "text/plain"]:
-    """Counts for Prometheus, in its text format."""
+    """Counts for Prometheus, in its text format.
+
+    ```python
+    answer = client.get("/metrics", cast_to=str)
+    ```
+    """
     return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
