@@ -56,6 +56,21 @@ def test_a_port_with_old_connections_is_taken_at_once() -> None:
     listen("127.0.0.1", port).close()
 
 
+@pytest.mark.parametrize(
+    ("level", "option"),
+    [
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    ],
+)
+def test_each_connection_sends_at_once_and_notices_peers_that_are_gone(level: int, option: int) -> None:
+    port = free_port()
+    with listen("127.0.0.1", port) as listener, socket.create_connection(("127.0.0.1", port)):
+        listener.setblocking(True)
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(level, option) == 1
+
+
 @needs_root
 def test_a_port_in_use_is_refused_and_its_owner_named(server: Server, tmp_path: Path) -> None:
     refusal = serve(tmp_path, "--port", str(server.port))
@@ -73,7 +88,7 @@ def test_a_port_in_use_is_refused_and_its_owner_named(server: Server, tmp_path: 
         ({"DEVBOXD_HOST": "203.0.113.9"}, "does not have that address"),
         ({"DEVBOXD_HOST": "::z"}, "::z"),
         ({"DEVBOXD_PORT": "70000"}, "65535"),
-        ({"DEVBOXD_PORT": "0"}, "port"),
+        ({"DEVBOXD_PORT": "0"}, "from 1 to 65535"),
     ],
 )
 def test_what_is_no_address_or_port_is_refused(tmp_path: Path, environment: dict[str, str], words: str) -> None:

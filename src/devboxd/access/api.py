@@ -26,6 +26,8 @@ _PIECE = 200 << 10
 """Characters: what is larger than 256 KiB is taken from the kernel and given back each time."""
 _WIDEST = 4
 """Bytes of a character in UTF-8, at most."""
+_SMALL = 64 << 10
+"""Bytes of a file that is read before the answer begins, which then is one write with its head."""
 _INERT = {"content-security-policy": "sandbox"}
 
 
@@ -154,11 +156,21 @@ async def _sent(
     file: OpenFile, places: Places, kind: str, headers: dict[str, str], limit: int | None = None
 ) -> Response:
     """The answer that sends the file, which it owns from now on, also when there is no place for it any more."""
+    headers = {**_INERT, **headers}
+    if file.size is not None and file.size <= _SMALL:
+        try:
+            with places.taking():
+                content = b"".join([piece async for piece in file.chunks(limit)])
+        except EOFError as error:
+            raise ApiError(409, "cannot send the file: it shrank while it was read; ask again", retry=True) from error
+        finally:
+            await file.close()
+        return Response(content, media_type=kind, headers=headers)
     length = {} if file.size is None else {"content-length": str(file.size)}
     try:
         with places.taking():
             await file.begin()
-        return Download(file, places, kind, {**_INERT, **headers, **length}, limit)
+        return Download(file, places, kind, {**headers, **length}, limit)
     except BaseException:
         await file.close()
         raise

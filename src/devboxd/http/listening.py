@@ -30,6 +30,18 @@ _MANY = 4
 """From this part of them on, those that ask nothing are closed."""
 _UNSENT = 64 * 1024
 """Bytes of an answer that wait for a slow client, beside a few blocks on their way there."""
+_STREAMS = 200
+"""Streams of one HTTP/2 connection at once; published clients open up to 100."""
+_HEADERS = 64 * 1024
+"""Bytes of the headers of one HTTP/2 request; the head of a HTTP/1 request is bounded by its buffer, _UNSENT."""
+_CONNECTION_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # else what follows a head waits for the client's delayed ACK
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # else what a client held that lost its power is held for ever
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+"""Set on the listening socket: the accepted ones inherit them."""
 _PORT_MAX = 65535
 _LISTEN = "0A"
 
@@ -48,6 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a SIGKILL old connections linger
+        for option in _CONNECTION_OPTIONS:
+            listener.setsockopt(*option)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
@@ -76,7 +90,9 @@ class HttpServer(Server):
             backlog=_BACKLOG,
             backpressure=_BACKPRESSURE,
             http1_settings=HTTP1Settings(max_buffer_size=_UNSENT),
-            http2_settings=HTTP2Settings(max_send_buffer_size=_UNSENT),
+            http2_settings=HTTP2Settings(
+                max_concurrent_streams=_STREAMS, max_headers_size=_HEADERS, max_send_buffer_size=_UNSENT
+            ),
             log_enabled=False,
         )
         self._listener = listener

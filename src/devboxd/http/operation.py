@@ -125,6 +125,9 @@ class Application:
             return
         try:
             await answer(scope, receive, send)
+        except EOFError as error:  # its source ended before what was announced
+            _log.warning("request.cut", path=scope["path"][:200], reason=str(error))
+            raise
         except Exception as error:
             _fault(error)
             raise  # the connection is cut, so that the client sees an incomplete answer
