@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -38,6 +40,35 @@ async def test_a_runtime_that_is_killed_leaves_no_half_box(image: Image, runtime
         links = f"dbx{host.instance.id}"
     assert _namespaces() == held
     assert [name for name in os.listdir("/sys/class/net") if name.startswith(links)] == []
+
+
+async def test_runtimes_that_hang_are_ended_and_hold_up_no_other_box(image: Image, tmp_path: Path) -> None:
+    hangs = Runtime("crun", tmp_path)
+    async with Host(image, tmp_path / "state", runtime=str(hangs.path)) as host:
+        whole = host.leftovers()
+        hangs.plan("never")
+        stuck = [asyncio.create_task(host.box()) for _ in range(2 * (os.cpu_count() or 1))]
+        while len(list(host.instance.directory.glob("boxes/*/pid"))) < len(stuck):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # the files of a program that tells nobody
+        hangs.plan("whole")
+        late = await host.box()
+        assert await late.sh("echo whole") == "whole"
+        assert not any(task.done() for task in stuck), "the box waited until they had ended"
+        for task in stuck:
+            with pytest.raises(EngineError, match="takes longer than 10 s"):
+                await task
+        await host.destroy_all()
+        assert sorted(host.leftovers()) == sorted(whole)
+        assert _running(hangs.path) == []
+
+
+def _running(program: Path) -> list[str]:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if str(program) in Path("/proc", pid, "cmdline").read_text():
+                found.append(pid)
+    return found
 
 
 def _namespaces() -> list[str]:

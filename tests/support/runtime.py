@@ -10,6 +10,7 @@ case " $* " in *" run "*) plan=$(cat {plan}) ;; *) plan=whole ;; esac
 case $plan in
     whole) exec {real} "$@" ;;
     before) ;;
+    never) {real} "$@"; sleep 1000 ;;
     after) {real} "$@" ;;
     *) {real} "$@" & sleep "$plan"; kill -9 $! ;;
 esac
@@ -28,5 +29,8 @@ class Runtime:
         self.plan("whole")
 
     def plan(self, moment: str | float) -> None:
-        """`whole`: it does all its work; else it is killed `before` or `after` it, or so many seconds into it."""
+        """`whole`: it does all its work; else it is killed `before` or `after` it, or so many seconds into it.
+
+        `never`: it does its work, and does not end.
+        """
         self._plan.write_text(str(moment))
