@@ -10,13 +10,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LISTENER_FD = 3, EVENTS = 32 };
+enum { LISTENER_FD = 3, EVENTS = 32, STOP_MS = 1000 };
 
 uint8_t buffer[CHUNK]; /* the one copy buffer; nothing stays in it from one call to the next */
 struct rlimit first_limit;
 
 static int epoll = -1;
 static uint64_t retry_at; /* 0: nothing is to be tried again */
+static uint64_t stop_at;  /* 0: the box goes on */
 static struct watch signals = {.fd = -1};
 
 uint64_t now_ms(void) {
@@ -56,20 +57,29 @@ void retry_later(void) {
     if (!retry_at) retry_at = now_ms() + RETRY_MS;
 }
 
+/* SIGTERM from outside of the box, which has no sender in here: the machine goes down, and waits for every process. */
+static void stop_asked(void) {
+    if (stop_at) return;
+    stop_at = now_ms() + STOP_MS;
+    kill(-1, SIGTERM);
+}
+
 static void signals_ready(struct watch *w, uint32_t events) {
     struct signalfd_siginfo info;
     (void)events;
-    while (read(w->fd, &info, sizeof info) > 0) continue;
+    while (read(w->fd, &info, sizeof info) > 0)
+        if (info.ssi_signo == SIGTERM && info.ssi_code == SI_USER && info.ssi_pid == 0) stop_asked();
     reap_again = true;
 }
 
-/* Every signal is ignored, so that none queues up and none ends the box; SIGCHLD arrives as a descriptor. */
+/* Signals are ignored, so that none queues up and none ends the box; two arrive as a descriptor. */
 static bool signals_start(void) {
     sigset_t set;
     for (int s = 1; s < 65; s++)
-        if (s != SIGCHLD) signal(s, SIG_IGN);
+        if (s != SIGCHLD && s != SIGTERM) signal(s, SIG_IGN);
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);
+    sigaddset(&set, SIGTERM);
     sigprocmask(SIG_SETMASK, &set, NULL);
     signals.fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
     signals.ready = signals_ready;
@@ -88,6 +98,7 @@ static int wait_ms(void) {
     uint64_t next = helpers_next(), now = now_ms();
     if (reap_again) return 0;
     if (retry_at && retry_at < next) next = retry_at;
+    if (stop_at && stop_at < next) next = stop_at;
     if (next == UINT64_MAX) return -1;
     return next > now ? (int)(next - now) + 1 : 0;
 }
@@ -108,6 +119,7 @@ static void turn(void) {
     }
     connection_turn(count == EVENTS);
     slots_bury();
+    if (stop_at && now_ms() >= stop_at) _exit(0); /* the kernel ends what still runs */
 }
 
 int main(void) {

@@ -171,8 +171,8 @@ def test_the_unit_runs_this_installation() -> None:
     names = ("--domain", "a.example", "--domain", "b.example")
     unit = devboxd("systemd-unit", "--state", "/srv/my boxes%", "--port", "9", *names).stdout
     for line in (
-        "KillMode=process", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity", "Type=notify",
-        "LimitNOFILE=1048576", "LimitCORE=0", "UMask=0077",
+        "KillMode=process", "Delegate=yes", "OOMPolicy=continue", "TasksMax=infinity", "Type=notify", "WatchdogSec=60",
+        "LimitNOFILE=1048576", "LimitCORE=1", "UMask=0077",
     ):  # fmt: skip
         assert line in unit.splitlines()
     command = next(line for line in unit.splitlines() if line.startswith("ExecStart="))

@@ -58,6 +58,8 @@ _log = structlog.get_logger()
 _LINGER_S = 1.0
 """How long a stopping server still answers, so that clients that come back at once are told to wait."""
 _DRAIN_S = 1.5
+_SLEEP_S = 5.0
+"""How long devboxes may take to fall asleep when the machine stops; what still runs then is ended."""
 _M_MMAP_THRESHOLD = -3
 _LARGE = 256 * 1024
 
@@ -124,6 +126,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         background = Tasks()
         stack.push_async_callback(background.close)
         background.start(watcher.run(), "journal watcher")
+        background.start(systemd.watchdog(), "systemd's watchdog")
         files = Files()
         journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
         boxes = Boxes()
@@ -138,7 +141,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         images = Images(settings)
         incidents = Incidents(engine, journals.folder)
         changes = Changes(store, Clock())
-        means = _means(settings, changes, engine, executions, looking, files, incidents, images)
+        means = _means(settings, changes, engine, executions, looking, files, incidents, closing, images)
         warm = Warm(engine, images.default, base_environment(settings), settings.warm_boxes)
         parts = (executions, changes, Supervisor(means), warm, closing, incidents)
         devboxes = Devboxes(store, engine, *parts, retention_s=settings.retention_seconds)
@@ -165,7 +168,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
             start = _start(settings, images, engine, devboxes, snapshots, ready, stack)
             await _until_stopped(stop, serving, start)
             systemd.notify("STOPPING=1")
-            _log.info("stopping; boxes go on")
+            _log.info("stopping")
 
 
 def _means(
@@ -176,6 +179,7 @@ def _means(
     looking: Looking,
     files: Files,
     incidents: Incidents,
+    closing: Closing,
     images: Images,
 ) -> Means:
     return Means(
@@ -185,6 +189,7 @@ def _means(
         looking,
         files,
         incidents,
+        closing,
         base_environment(settings),
         settings.suspend_keep_memory_seconds,
         lambda name: images.named(name) if name else images.default(),
@@ -224,7 +229,7 @@ async def _start(
     ready.starting("the server is starting: it looks for the boxes that live")
     await engine.open(await devboxes.kept())
     stack.push_async_callback(engine.close)
-    stack.push_async_callback(devboxes.close)
+    stack.push_async_callback(_part, devboxes)
     stack.push_async_callback(snapshots.close)
     await devboxes.open(boot.interruption(settings.state))
     await snapshots.open()
@@ -232,6 +237,13 @@ async def _start(
     ready.state = None
     systemd.notify("READY=1")
     _log.info("ready", url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
+
+
+async def _part(devboxes: Devboxes) -> None:
+    """Leave the boxes, which go on for the next server; but not where the machine itself stops."""
+    if await asyncio.to_thread(systemd.machine_stops):
+        await devboxes.sleep("the host shuts down; its processes end, its disk is kept: resume it", _SLEEP_S)
+    await devboxes.close()
 
 
 @contextlib.asynccontextmanager

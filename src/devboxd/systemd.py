@@ -1,13 +1,16 @@
-"""systemd: the unit for `devboxd serve`, and the word to systemd that the server is ready."""
+"""systemd: the unit for `devboxd serve`, what the server tells systemd, and what it asks."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+_ASK_S = 3.0
 _UNIT = """\
 [Unit]
 Description=devboxd, a server of devboxes
@@ -19,9 +22,12 @@ Type=notify
 ExecStart={command}
 Restart=always
 RestartSec=1
-# A stop or restart ends the server alone: the boxes live on and are attached again.
+# A server whose event loop stands still this long is started anew. It holds nothing up before it is ready.
+WatchdogSec=60
+# A stop or restart ends the server alone: the boxes live on and are attached again. When the whole system goes down,
+# the server asks systemd for that, and puts them to sleep first.
 KillMode=process
-TimeoutStopSec=15
+TimeoutStopSec=20
 # The first start may build the default image.
 TimeoutStartSec=1800
 # The boxes' cgroups belong to devboxd, and a box that runs out of memory is no reason to stop the server.
@@ -29,8 +35,9 @@ Delegate=yes
 OOMPolicy=continue
 TasksMax=infinity
 LimitNOFILE=1048576
-# A core file of the server would hold keys and what boxes send; nothing it writes is for other users.
-LimitCORE=0
+# A core file of the server would hold keys and what boxes send; nothing it writes is for other users. Boxes inherit
+# the limit: by 1 no program of the host is started for a core either, which 0 would not keep from that.
+LimitCORE=1
 UMask=0077
 StateDirectory=devboxd
 StateDirectoryMode=0700
@@ -66,3 +73,27 @@ def notify(message: str, environ: Mapping[str, str] = os.environ) -> bool:
         except OSError:
             return False
     return True
+
+
+async def watchdog(environ: Mapping[str, str] = os.environ) -> None:
+    """Tell systemd that the event loop turns, thrice in the time after which it would lose patience.
+
+    Returns at once where systemd does not ask this process for that.
+    """
+    patience_s = int(environ.get("WATCHDOG_USEC", "0")) / 1e6
+    while patience_s and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        notify("WATCHDOG=1", environ)
+        await asyncio.sleep(patience_s / 3)
+
+
+def machine_stops(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether systemd takes the whole machine down, to halt or to start it anew; False where there is no systemd.
+
+    Every way down goes through shutdown.target, which waits in the queue until services like this one have stopped.
+    """
+    command = ["systemctl", "show", "--property=ActiveState,Job", "shutdown.target"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False, env=dict(environ))
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return any(line.startswith("Job=") or line == "ActiveState=active" for line in told.stdout.splitlines())

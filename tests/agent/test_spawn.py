@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,21 @@ async def test_a_signal_to_pid_1_is_nothing(session):
     command = "for s in $(seq 1 64); do kill -$s 1 2>/dev/null; done; echo done"
     assert (await session.run("kill", command)).stdout == b"done\n"
     assert (await session.run("after", "echo alive")).stdout == b"alive\n"
+
+
+async def test_sigterm_from_outside_ends_the_box(session):
+    """As a machine that goes down sends it to every process; commands are told, and have a moment."""
+    code = "trap 'sleep 0.3; echo told; exit 5' TERM; echo up; while :; do sleep 0.1; done"
+    await session.start("polite", ["bash", "-c", code])
+    await session.start("stubborn", ["bash", "-c", "trap '' TERM; echo up; while :; do sleep 1; done"])
+    await session.has("polite", b"up\n")
+    await session.has("stubborn", b"up\n")
+    begun = time.monotonic()
+    os.kill(session.box.pid, signal.SIGTERM)
+    status = await asyncio.to_thread(session.box.process.wait, 30)
+    assert (status, session.box.output("polite", "out")) == (0, b"up\ntold\n")
+    assert time.monotonic() - begun < 5
+    session.box.ended = True
 
 
 async def test_an_exec_that_blocks_keeps_nobody_waiting(session):

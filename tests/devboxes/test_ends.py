@@ -19,6 +19,7 @@ from support.runtime import Runtime
 from support.server import Server
 
 pytestmark = pytest.mark.box
+_GOING_DOWN = "the host shuts down; its processes end, its disk is kept: resume it"
 
 
 def first_processes(server: Server) -> list[int]:
@@ -196,6 +197,73 @@ def test_a_reboot_of_the_host_ends_processes_and_keeps_disks(own_server: Server)
         api.wait_box(box, "running")
         assert api.output(box, "cat file") == "kept\n"
     assert _found(own_server) == [(0, 0, None), (0, 2, "the host was restarted"), (0, 0, None)]
+
+
+def _living(pids: list[int]) -> list[int]:
+    """Those that have not ended, whether or not anything took note of it."""
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in states.items() if stat.exists() and ") Z " not in stat.read_text()]
+
+
+def _systemd(server: Server, *told: str) -> None:
+    """Let `systemctl` say this to the server about shutdown.target."""
+    program = server.folder / "bin" / "systemctl"
+    program.parent.mkdir(exist_ok=True)
+    lines = "".join(f"echo {line}\n" for line in told)
+    program.write_text(f'#!/bin/sh\n[ "$*" = "show --property=ActiveState,Job shutdown.target" ] || exit 1\n{lines}')
+    program.chmod(0o755)
+    server.settings["PATH"] = f"{program.parent}:{os.environ['PATH']}"
+
+
+def test_a_machine_that_goes_down_puts_devboxes_to_sleep_first(own_server: Server) -> None:
+    _systemd(own_server, "ActiveState=inactive", "Job=271")
+    own_server.terminate()
+    own_server.launch()
+    own_server.wait_ready()
+    with own_server.api() as api:
+        box, other = api.create(), api.create()
+        api.output(box, "cd /tmp; export KEPT=yes; echo kept >file", shell_name="work")
+        execution = api.start(box, "trap '' TERM; echo up; while :; do sleep 1; done")
+        Reader(own_server, box, execution).until(lambda r: r.text == "up\n")
+    pids = first_processes(own_server)
+    assert own_server.terminate() < 10
+    assert (len(pids), _living(pids)) == (2, [])
+    _systemd(own_server, "ActiveState=inactive")
+    (own_server.state / "boot-id").write_text("another run\n")
+    own_server.start()
+    with own_server.api() as api:
+        for one in (box, other):
+            view = api.box(one)
+            assert view["status"] == "suspended"
+            told = [step.get("failure_reason") for step in view["state_transitions"]]
+            assert [text for text in told if text] == [_GOING_DOWN]
+            logs = api.call("GET", f"/v1/devboxes/{one}/logs")["logs"]
+            assert any(_GOING_DOWN in entry["message"] for entry in logs)
+        assert _outcomes(api, box, [execution]) == [(137, "up\n")]
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "running")
+        assert api.output(box, "pwd; echo $KEPT; cat file", shell_name="work") == "/tmp\nyes\nkept\n"
+    pids = first_processes(own_server)
+    own_server.terminate()  # the service alone: devboxes go on
+    assert (len(pids), _living(pids)) == (1, pids)
+
+
+def test_an_end_that_comes_while_the_server_stops_is_judged_by_the_next_one(own_server: Server) -> None:
+    """Where no systemd tells, a machine that goes down ends devboxes and server at once."""
+    with own_server.api() as api:
+        box = api.create()
+        api.output(box, "echo kept >file")
+    pids = first_processes(own_server)
+    os.kill(own_server.agent(box), signal.SIGTERM)
+    own_server.terminate()
+    assert (len(pids), _living(pids)) == (1, [])
+    (own_server.state / "boot-id").write_text("another run\n")
+    own_server.start()
+    with own_server.api() as api:
+        assert "the host was restarted" in api.wait_box(box, "suspended")["state_transitions"][-1]["failure_reason"]
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "running")
+        assert api.output(box, "cat file") == "kept\n"
 
 
 def test_a_reboot_that_took_the_disk_fails_the_box_with_that_reason(own_server: Server) -> None:

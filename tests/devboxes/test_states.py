@@ -108,7 +108,14 @@ def test_a_shutdown_during_a_snapshot_is_409() -> None:
 
 @pytest.mark.parametrize("status", [Status.SUSPENDING, Status.SUSPENDED])
 def test_what_ends_processes_does_not_end_a_sleeping_devbox(status: Status) -> None:
-    ends = {Event.FAILED, Event.BOX_ENDED, Event.HOST_RESTARTED, Event.RESUME_FAILED, Event.DEADLINE_PASSED}
+    ends = {
+        Event.FAILED,
+        Event.BOX_ENDED,
+        Event.HOST_STOPS,
+        Event.HOST_RESTARTED,
+        Event.RESUME_FAILED,
+        Event.DEADLINE_PASSED,
+    }
     for event in ends | {Event.ENTRYPOINT_ENDED, Event.IDLE_TO_SHUTDOWN}:
         move = step(status, event)
         assert isinstance(move, Move)

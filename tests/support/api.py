@@ -77,9 +77,9 @@ class Api:
         started = self.call("POST", f"/v1/devboxes/{box}/execute_async", {"command": command, **body})
         return self.wait(box, started["execution_id"], seconds)
 
-    def output(self, box: str, command: str) -> str:
+    def output(self, box: str, command: str, **body: Any) -> str:
         """What a command printed; it must succeed."""
-        view = self.run(box, command)
+        view = self.run(box, command, **body)
         assert view["exit_status"] == 0, view
         return str(view["stdout"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -121,6 +121,29 @@ class Devboxes:
             text = "its first process ended while the server was down"
         event = Event.RESUME_FAILED if life.resuming and interruption is None else Event.BOX_ENDED
         await self._changes.happen(life, event, BoxFailure("execution_failed", text))
+
+    async def sleep(self, why: str, seconds: float) -> None:
+        """Put all devboxes to sleep for the reason `why`, before the machine stops.
+
+        After `seconds` everything that still runs is ended as it is: on its disk it is found by the next server.
+        """
+        lives = list(self._lives.values())
+        for life in lives:
+            await self._changes.happen(life, Event.HOST_STOPS, BoxFailure("execution_failed", why))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for life in lives:
+                    while life.devbox.status is Status.SUSPENDING:
+                        life.changed.clear()
+                        await life.changed.wait()
+        await self._tasks.close()
+        alive = [box_id for box_id, lives in (await self._engine.boxes()).items() if lives]
+        for box_id, fault in zip(
+            alive, await asyncio.gather(*map(self._engine.stop, alive), return_exceptions=True), strict=True
+        ):
+            if fault is not None:
+                _log.error("cannot end a box; the machine does", id=box_id, error=str(fault))
+        _log.info("devboxes sleep; the machine stops", devboxes=len(self._lives), ended_by_force=len(alive))
 
     async def close(self) -> None:
         """Stop supervising; the boxes go on. Devboxes that have ended are freed first, as far as that is quick."""

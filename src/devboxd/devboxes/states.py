@@ -42,6 +42,7 @@ class Event(StrEnum):
     FAILED = "failed"
     RESUME_FAILED = "resume_failed"
     BOX_ENDED = "box_ended"
+    HOST_STOPS = "host_stops"
     HOST_RESTARTED = "host_restarted"
     DISK_LOST = "disk_lost"
     ENTRYPOINT_ENDED = "entrypoint_ended"
@@ -134,6 +135,7 @@ TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
     Event.FAILED: _fail(),
     Event.RESUME_FAILED: {P: Move(Z), I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
     Event.BOX_ENDED: _fail(),
+    Event.HOST_STOPS: {P: Move(P), I: _SUSPEND, R: _SUSPEND, U: Move(U), Z: Move(Z), **_UNCHANGED},
     Event.HOST_RESTARTED: {I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
     Event.DISK_LOST: {status: Move(F, (Effect.FREE,)) for status in (P, I, R, U, Z)} | _UNCHANGED,
     Event.ENTRYPOINT_ENDED: {**_end("entrypoint_exit", R), U: Move(U), Z: Move(Z)},

@@ -37,6 +37,7 @@ from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
+from devboxd.http.streams import Closing
 
 _log = structlog.get_logger()
 ENTRYPOINT = "entrypoint"
@@ -69,6 +70,7 @@ class Means:
     looking: Looking
     files: Files
     incidents: Incidents
+    closing: Closing
     environment: Mapping[str, str]
     keep_memory_s: int
     images: Callable[[str | None], Image | None]
@@ -251,6 +253,8 @@ class Supervisor:
                     # A dead box breaks its connection too, and its end is the better reason.
                     await asyncio.wait({end}, timeout=_END_S)
                 if end.done():
+                    if self._means.closing.begun:  # perhaps the whole machine ends: the next server knows
+                        await asyncio.Event().wait()
                     raise self._ended(life.devbox.id, end.result())
                 run.result()
             finally:
