@@ -61,7 +61,10 @@ class Seccomp:
 def config(
     spec: BoxSpec, root: Path, agent: Path, namespaces: Sequence[dict[str, str]], calls: Seccomp
 ) -> dict[str, Any]:
-    """The whole config.json but for what only one runtime wants. `root` and `agent` are paths at the start."""
+    """The whole config.json but for what only one runtime wants. `root` and `agent` are paths at the start.
+
+    Without HOME the runtime looks into the box's own /etc/passwd, whatever that is.
+    """
     return {
         "ociVersion": "1.0.2",
         "hostname": spec.hostname,
@@ -72,7 +75,7 @@ def config(
             "terminal": False,
             "user": {"uid": 0, "gid": 0, "umask": 0o022},
             "args": [AGENT],
-            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"],
             "cwd": "/",
             "capabilities": {kind: CAPABILITIES for kind in ("bounding", "effective", "permitted")},
             "rlimits": rlimits(spec.resources),

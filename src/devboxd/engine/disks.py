@@ -16,6 +16,7 @@ import fcntl
 import itertools
 import json
 import os
+import secrets
 import stat
 import subprocess
 import threading
@@ -37,6 +38,8 @@ _log = structlog.get_logger(__name__)
 _GIVEN, _IMAGE = "given", "image"
 _BOX, _SNAPSHOT = "dbx_", "snp_"
 _STOCK = 16
+_SOON_DELETED = 2048
+"""Blocks, of 512 bytes, of a file that is deleted at once."""
 _MAKING, _GOING, _STILL, _SPARE, _EMPTY = ".new-", ".gone-", ".still-", ".spare-", ".empty-"
 
 
@@ -494,11 +497,7 @@ def _put(root: Path, name: str, text: str) -> None:
         at, last = _folder_of(opened, root, name)
         if at is None:
             return
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.isdir(f"/proc/self/fd/{at}/{last}") and not os.path.islink(f"/proc/self/fd/{at}/{last}"):
-                _remove_tree(Path(f"/proc/{os.getpid()}/fd/{at}/{last}"))
-            else:
-                os.unlink(last, dir_fd=at)
+        _clear_the_way(at, last)
         made = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         file = os.open(last, made, 0o644, dir_fd=at)
         try:
@@ -506,6 +505,19 @@ def _put(root: Path, name: str, text: str) -> None:
             os.write(file, text.encode())
         finally:
             os.close(file)
+
+
+def _clear_the_way(folder: int, name: str) -> None:
+    """Make sure that nothing has a name in a folder: what takes long to delete gets another name there.
+
+    It is the box's, which may delete it: a folder of a million names, or the extents of a large file.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode) or found.st_blocks > _SOON_DELETED:
+            os.rename(name, f"{name}.{secrets.token_hex(8)}", src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            os.unlink(name, dir_fd=folder)
 
 
 def _holds(root: Path, name: str, text: str) -> bool:

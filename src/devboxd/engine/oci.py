@@ -38,6 +38,7 @@ from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
+from devboxd.engine.places import Places
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import Reserve
@@ -48,7 +49,10 @@ from devboxd.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
 
-_START_SECONDS = 60
+_START_S = 10.0
+"""How long the runtime may take. What a box left on its disk must not hold it up for longer."""
+_PLACE_S = 2.0
+_END_S = 60
 _TEND_S = 1.0
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
@@ -102,7 +106,7 @@ class OciEngine:
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
-        self._starts = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+        self._starts = Places(2 * (os.cpu_count() or 1), _PLACE_S)
         self._removals = asyncio.Semaphore(2)
         self._fetches = asyncio.Semaphore(2)
         self._still = asyncio.Lock()
@@ -180,7 +184,7 @@ class OciEngine:
             if self._limits.get(spec.box_id) != spec.resources:
                 await self.resize(spec.box_id, spec.resources)
             return
-        async with self._starts:
+        async with self._starts.taken():
             if (self._boxes / spec.box_id).exists():
                 await self.stop(spec.box_id)
             kept = self._disks.slot(spec.box_id)
@@ -462,6 +466,8 @@ class OciEngine:
             command += ["--pid-file", str(folder / "pid"), box_id]
             environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
             status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
+        if status is None:
+            raise EngineError(f"cannot start the box {box_id}: it takes longer than {_START_S:g} s; look at its disk")
         if status:
             fate = f"was ended by signal {-status}" if status < 0 else f"said: {_last_words(folder)}"
             raise EngineError(
@@ -476,7 +482,7 @@ class OciEngine:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 self._cgroups.thaw(box_id)  # nothing that is frozen dies
-                async with asyncio.timeout(_START_SECONDS):
+                async with asyncio.timeout(_END_S):
                     await readable(pidfd)
             except TimeoutError as error:
                 raise EngineError(f"cannot end the box {box_id}: pid {record.pid} ignores SIGKILL") from error
@@ -496,19 +502,24 @@ class OciEngine:
         shutil.rmtree(self._boxes / box_id, ignore_errors=True)
 
 
-def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int:
-    """Start a program without outputs and wait for its end by its pidfd: a wait with a timeout would poll."""
+def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int | None:
+    """Run a program without outputs; its status, or None when it was killed for taking too long.
+
+    By its pidfd: a wait with a timeout would poll. What it began is in the cgroup of its box, and ends with that.
+    """
     null = subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=null, stderr=null, env=environment)
     pidfd = os.pidfd_open(process.pid)
     try:
         ended = select.poll()  # select() knows no descriptors past 1023
         ended.register(pidfd, select.POLLIN)
-        if not ended.poll(1000 * _START_SECONDS):
+        in_time = bool(ended.poll(1000 * _START_S))
+        if not in_time:
             process.kill()
     finally:
         os.close(pidfd)
-    return process.wait()
+    status = process.wait()
+    return status if in_time else None
 
 
 def _keep_agent(source: Path, folder: Path) -> Path:
