@@ -62,3 +62,36 @@ def test_a_pattern_does_not_find_the_command_that_looks_for_it(api: Api, box: st
 def test_a_command_means_what_it_means_to_bash(api: Api, box: str, command: str, status: int, output: str) -> None:
     view = api.run(box, command)
     assert (view["exit_status"], view["stdout"]) == (status, output), view
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "set -e",
+        "set -u; trap 'exit 9' ERR",
+        "shopt -s failglob",
+        "readonly IFS=x",
+        "set -o posix",
+        "mapfile() { exit 5; }",
+    ],
+)
+@pytest.mark.parametrize("shell", [{}, {"shell_name": "s"}])
+def test_commands_run_whatever_the_profile_sets(api: Api, profile: str, shell: dict[str, str]) -> None:
+    box = api.create()
+    api.write(box, ".profile", profile)
+    assert api.run(box, "echo here; (exit 7); echo $?" if "9" not in profile else "echo here; echo 7", **shell)[
+        "stdout"
+    ] == ("here\n7\n" if "-e" not in profile else "here\n")
+    api.shutdown(box)
+
+
+@pytest.mark.parametrize("shell", [{}, {"shell_name": "large"}])
+def test_a_command_of_a_megabyte(api: Api, box: str, shell: dict[str, str]) -> None:
+    assert api.run(box, f"v={'x' * 1_000_000}; echo ${{#v}}", **shell)["stdout"] == "1000000\n"
+
+
+def test_a_named_shell_knows_the_status_of_the_command_before(api: Api, box: str) -> None:
+    said = [
+        api.run(box, c, shell_name="status")["stdout"] for c in ("true", "echo $?", "(exit 7)", "echo $?", "--version")
+    ]
+    assert said == ["", "0\n", "", "7\n", ""]

@@ -9,8 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from devboxd.executions.shells import DRIVER
+from devboxd.executions.shells import shell_record
 
 
 class Driver:
@@ -27,17 +29,23 @@ class Driver:
         (self.root / "x").mkdir(exist_ok=True)
         commands, self.commands = os.pipe()
         self.control, control = os.pipe()
-        script = DRIVER.replace("/run/devboxd", str(self.root))
+        argv, script = shell_record("k")
+        source = os.memfd_create("script", 0)
+        os.write(source, script.replace(b"/run/devboxd", str(self.root).encode()))
+        os.lseek(source, 0, os.SEEK_SET)
 
         def descriptors() -> None:
+            os.dup2(source, 119)
             os.dup2(commands, 120)
             os.dup2(control, 121)
             os.dup2(120, 20)
             os.dup2(121, 21)
+            os.dup2(119, 9)
+            os.closerange(10, 20)
             os.closerange(22, 1000)
 
         self.process = subprocess.Popen(
-            ["bash", "-lc", script, "bash", "k"],
+            argv,
             cwd=self.home,
             env={"PATH": os.environ["PATH"], "HOME": str(self.home), "LANG": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
@@ -46,6 +54,7 @@ class Driver:
             preexec_fn=descriptors,
             close_fds=False,
         )
+        os.close(source)
         os.close(commands)
         os.close(control)
         self.answers = os.fdopen(self.control, "r")
@@ -279,10 +288,10 @@ def test_options_that_export_and_trace_show_nothing_of_the_driver(shell: Driver)
         assert shell.run("env | grep ^X=; : " + "x" * 200_000)[:2] == (0, "X=1\n")
         shell.run("kill -9 $$")
     assert shell.run("set -x") == (0, "", "")
-    assert shell.run("echo a") == (0, "a\n", "++ echo a\n")
+    assert shell.run("echo a") == (0, "a\n", "+++ echo a\n")
     shell.run("kill -9 $$")
     assert shell.run("if")[0] == 2
-    assert shell.run("echo a") == (0, "a\n", "++ echo a\n")
+    assert shell.run("echo a") == (0, "a\n", "+++ echo a\n")
     assert shell.run("set +ax; echo ${-//[^ax]/}")[1] == "\n"
     assert shell.run("Y=1; env | grep ^Y=; echo b") == (0, "b\n", "")
 
@@ -303,3 +312,112 @@ def test_an_idle_shell_lives_on_whatever_tmout_says(shell: Driver) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         shell.process.wait(timeout=1.5)
     assert shell.run("echo $$")[1] == first
+
+
+@pytest.mark.parametrize(
+    ("command", "asked", "answer"),
+    [
+        ("true", "echo $?", "0"),
+        ("(exit 7)", "echo $?", "7"),
+        ("f() { return 9; }; f", "echo $?; declare -F", "9\ndeclare -f f"),
+        ("nosuchcommand", "echo $?", "127"),
+        ("if", "echo $?", "2"),
+        ("set -u; (exit 3)", "echo $?; echo $?", "3\n0"),
+        ("false | (exit 3) | true", "echo $? ${PIPESTATUS[@]}", "0 1 3 0"),
+        ("set -o pipefail; (exit 3) | true", "echo $? ${PIPESTATUS[@]}", "3 3 0"),
+        ("true |\n(exit 4)", "echo ${PIPESTATUS[@]} $?", "0 4 4"),
+        ("cat <<X | grep -c a\na\nX", "echo $?", "0"),
+        ("for x in a b; do echo $x | false; done", "echo $?", "1"),
+        ("sleep 0 & j=$!", "[ $! = $j ]; echo $?; wait $!; echo $?", "0\n0"),
+        ("cd /usr; cd /", "cd - >/dev/null; echo $PWD $OLDPWD", "/usr /"),
+        ("read <<<word; [[ abc =~ b ]]; mapfile <<<line", "echo $REPLY $BASH_REMATCH $MAPFILE", "word b line"),
+        (
+            "exec 3>/dev/null 4</dev/null; ulimit -S -n 200; umask 27",
+            "ulimit -n; umask; echo /dev/fd/[34]",
+            "200\n0027\n/dev/fd/3 /dev/fd/4",
+        ),
+        ("sleep 30 >/dev/null 2>&1 & sleep 31 >/dev/null 2>&1 &", "kill %1; wait %1; echo $?; kill %2", "143"),
+        ("trap 'echo $?' ERR", "(exit 5)", "5"),
+        ("trap 'echo d' DEBUG; (exit 5)", "echo $?; trap", "d\n5\nd\ntrap -- 'echo d' DEBUG"),
+        ("set -T; trap 'echo d' DEBUG; trap 'echo r' RETURN; (exit 2)", "echo $?", "d\n2"),
+    ],
+)
+def test_what_a_living_bash_knows_of_the_command_before(shell: Driver, command: str, asked: str, answer: str) -> None:
+    shell.run(command)
+    assert shell.run(asked)[1] == f"{answer}\n"
+
+
+def test_errors_name_the_lines_of_the_command(shell: Driver) -> None:
+    assert shell.run("nosuchcommand")[2] == "bash: line 1: nosuchcommand: command not found\n"
+    assert shell.run("true\nnosuchcommand")[2] == "bash: line 2: nosuchcommand: command not found\n"
+
+
+_WORDS = [
+    "true", "false", "(exit 7)", "echo $?", "false | (exit 3) | true", "echo ${PIPESTATUS[@]}",
+    "echo $? ${PIPESTATUS[@]}", "set -o pipefail", "set +o pipefail", "! true | false", "cd /usr", "cd - >/dev/null",
+    "echo $PWD $OLDPWD", "x=5", "echo $x", "a=(1 2 3)", "echo ${a[1]}", "set -- p q", "echo $# $1", "shift",
+    "umask 027", "umask", "sleep 0 & wait $!", "f() { echo f; return 4; }", "f", "alias g='echo alias'", "g",
+    "unalias g", "trap 'echo err $?' ERR", "trap - ERR", "trap 'echo dbg' DEBUG", "trap - DEBUG",
+    "trap 'echo ret' RETURN", "set -T", "set +T", "set -E", "trap", "IFS=:", "v=a:b; echo $v", "read <<<hello",
+    "echo $REPLY", "[[ abc =~ b ]]", "echo ${BASH_REMATCH[0]}", "exec 3>/dev/null", "echo gone >&3",
+    "{ echo x; false; } | cat", "ro=2", "readonly ro=1", "if false; then :; fi", "declare -i n=3+4", "echo $n",
+    "echo ${-//[sc]/}", "shopt -s nullglob", "echo /nothing*", "set -a", "set +a", "env | grep -c ^x=", "jobs",
+    "printf '%s|%s\\n' a b", "case x in x) (exit 6);; esac", "for i in 1 2; do echo $i | cat; done", "declare -F",
+    "set -f",
+]  # fmt: skip
+
+
+@given(commands=st.lists(st.sampled_from(_WORDS), min_size=2, max_size=12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_sequence_of_commands_does_what_it_does_in_one_bash(tmp_path_factory, commands: list[str]) -> None:
+    root = tmp_path_factory.mktemp("sequence")
+    (root / "home").mkdir()
+    driver = Driver(root / "run", root / "home")
+    try:
+        found = "".join(driver.run(command)[1] for command in commands)
+    finally:
+        driver.close()
+    one = subprocess.run(
+        ["bash", "-ls"],
+        input="set -m; shopt -s expand_aliases; unset ro\n" + "\n".join(commands),
+        cwd=root / "home",
+        env={"PATH": os.environ["PATH"], "HOME": str(root / "home"), "LANG": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found == one.stdout
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "set -e",
+        "set -u",
+        "set -euo pipefail; trap 'exit 9' ERR; shopt -s inherit_errexit",
+        "shopt -s failglob nullglob dotglob globstar nocasematch nocaseglob extglob",
+        "set -o posix",
+        "shopt -s extdebug compat31",
+        "set -aCfkx",
+        "set -v",
+        "trap 'echo noise >/dev/tty' DEBUG",
+        "set -ET; trap 'x=1' DEBUG; trap 'x=2' RETURN; trap 'x=3' ERR EXIT",
+        "readonly IFS=x REPLY=1 TMOUT=1",
+        "set -- some words; IFS=/devboxruns01",
+        "exec </dev/null >/dev/null 2>&1",
+        "return 3",
+        "read x; cat",
+        "shopt -s expand_aliases; alias if=exit until=exit mapfile=exit builtin=exit eval=exit set=exit",
+        "mapfile() { exit 5; }; eval() { exit 5; }; set() { exit 5; }; exec() { exit 5; }; printf() { exit 5; }",
+        "trap() { exit 5; }; shopt() { exit 5; }; export() { exit 5; }; read() { exit 5; }; :() { exit 5; }",
+        "builtin() { exit 4; }; command() { exit 4; }",
+        "PATH=; CDPATH=/; GLOBIGNORE=*; BASH_ENV=/nothing; POSIXLY_CORRECT=",
+        "PROMPT_COMMAND='exit 3'; PS1='$(exit 4)'; PS4='$(echo noise)'; HISTFILE=/",
+    ],
+)
+def test_whatever_a_profile_does_commands_run(shell: Driver, profile: str) -> None:
+    (shell.home / ".profile").write_text(profile)
+    for _ in range(2):
+        assert shell.run('\\builtin kill -9 "$BASHPID"')[0] == 137
+        assert shell.run("\\builtin echo one")[:2] == (0, "one\n")
+        assert shell.run('( \\builtin exit 0 ); \\builtin echo "$?" two; \\builtin :')[:2] == (0, "0 two\n")

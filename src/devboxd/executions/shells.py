@@ -13,92 +13,143 @@ if TYPE_CHECKING:
 SHELLS_MAX = 32
 """Most named shells that live in one devbox; the agent has room for 64 shells and terminals together."""
 
-DRIVER = r"""
+_DRIVER = r"""
 {
-shopt -s expand_aliases
-set -m
-__devboxd=/run/devboxd/s/$1 __devboxd_n=0 __devboxd_k=
-for __devboxd_f in '' "$__devboxd"/[01]; do
-  __devboxd_c=${__devboxd_r-}
-  if [[ -f $__devboxd_f ]]; then IFS= read -r -d '' __devboxd_c <"$__devboxd_f" || :; fi
-  if [[ $__devboxd_c == *$'\n#end\n' && ${__devboxd_c%%$'\n'*} =~ ^#\ ([0-9]+)$ ]] \
-      && (( BASH_REMATCH[1] > __devboxd_n )); then
-    __devboxd_n=${BASH_REMATCH[1]} __devboxd_r=$__devboxd_c
-  fi
-done
-shift $#
-if (( __devboxd_n > 0 )); then
-  for __devboxd_f in $(compgen -e); do unset "$__devboxd_f" 2>/dev/null; done
-  eval "$__devboxd_r" || :
-fi
-unset __devboxd_r
-until
-  {
-    __devboxd_e=$? __devboxd_o=$-
-    \unset -f builtin command
-    \builtin set +ax
-    \builtin export -n __devboxd_e __devboxd_o
-  } >/dev/null 2>&1
-  \command exec </dev/null >/dev/null 2>&1
-  __devboxd_o=${__devboxd_o//[^ax]/}
-  if [[ $__devboxd_k ]]; then
-    __devboxd_n=$(( __devboxd_n + 1 )) __devboxd_f=u __devboxd_i=u
-    if [[ :$BASHOPTS: == *:extglob:* ]]; then __devboxd_f=s; fi
-    if [[ :$BASHOPTS: == *:expand_aliases:* ]]; then __devboxd_i=s; fi
+  if {
+    \builtin set -m;
+    \builtin shopt -s expand_aliases;
+    __devboxd=/run/devboxd/s/KEY __devboxd_n=0 __devboxd_k= __devboxd_v=;
+    for __devboxd_f in '' "$__devboxd/0" "$__devboxd/1"; do
+      __devboxd_c=${__devboxd_r[1]-};
+      if [[ -f $__devboxd_f ]]; then
+        \builtin mapfile -d '' __devboxd_c <"$__devboxd_f";
+      fi;
+      if [[ $__devboxd_c == *$'\n#end\n' && ${__devboxd_c%%$'\n'*} =~ ^#\ ([0-9]+)$ ]]
+          && (( BASH_REMATCH[1] > __devboxd_n )); then
+        __devboxd_n=${BASH_REMATCH[1]} __devboxd_r[0]=$__devboxd_c;
+      fi;
+    done;
+    if (( __devboxd_n > 0 )); then
+      \builtin mapfile -t __devboxd_p < <(\builtin compgen -e);
+      for __devboxd_f in "${__devboxd_p[@]}"; do \builtin unset -v "$__devboxd_f"; done;
+      \builtin mapfile -t __devboxd_p < <(\builtin compgen -A function);
+      for __devboxd_f in "${__devboxd_p[@]}"; do \builtin unset -f "$__devboxd_f"; done;
+      \builtin unalias -a;
+      \builtin eval "${__devboxd_r[0]}";
+    fi;
+    \builtin unset __devboxd_r;
+    __devboxd_d=$(\builtin trap -p ERR DEBUG);
+    __devboxd_d=${__devboxd_d#"${__devboxd_d%%trap -- *}"};
+  }; then \builtin :; fi;
+  \builtin :;
+  until
     {
-      if [[ $__devboxd_o ]]; then \builtin set "-$__devboxd_o"; fi
-      \builtin printf '# %s\ncd -- %q\nunalias -a\n' "$__devboxd_n" "${PWD-}"
-      \builtin export -p
-      \builtin shopt -p
-      \builtin set +o
-      \builtin printf 'shopt -u expand_aliases; shopt -s extglob\n'
-      \builtin alias -p
-      \builtin declare -f
-      \builtin declare -Fx
-      \builtin printf '\\builtin shopt -%s extglob\n' "$__devboxd_f"
-      \builtin printf '\\builtin shopt -%s expand_aliases\n#end\n' "$__devboxd_i"
-    } >|"$__devboxd/$(( __devboxd_n % 2 ))"
-    \builtin set +ax
-    __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i=
-    \builtin printf 'E %s %d\n' "$__devboxd_f" "$__devboxd_e" >&21
-  fi
-  IFS= \builtin read -r -t 99999999 -u 20 __devboxd_k
-  if [[ $__devboxd_k ]]; then
-    __devboxd_f=/run/devboxd/x/$__devboxd_k __devboxd_c= __devboxd_i=/dev/null
-    IFS= \builtin read -r -d '' __devboxd_c <"$__devboxd_f/c"
-    if [[ $__devboxd_o ]]; then __devboxd_c="\\builtin set -$__devboxd_o"$'\n'$__devboxd_c; fi
-    if [[ -p $__devboxd_f/0 ]]; then __devboxd_i=$__devboxd_f/0; fi
-    \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2"
-    \builtin printf 'S %s\n' "$__devboxd_k" >&21
-  fi
-  [[ ! $__devboxd_k ]]
-do
-  for __devboxd_i in 1; do
-    \builtin eval "$__devboxd_c" 20<&- 21>&-
-  done
-done
+      __devboxd_s=$? __devboxd_o=$-;
+      \unset -f builtin command;
+      \builtin set +avx;
+      if [[ $__devboxd_k ]]; then
+        \builtin trap -p ERR DEBUG >|"$__devboxd/d";
+        \builtin mapfile -d '' __devboxd_d <"$__devboxd/d";
+        __devboxd_d=${__devboxd_d-} __devboxd_d=${__devboxd_d%$'\n'};
+      fi;
+      \builtin trap - DEBUG;
+      \builtin export -n "${!__devboxd@}";
+    } >/dev/null 2>&1;
+    \command exec </dev/null >/dev/null 2>&1;
+    __devboxd_o=${__devboxd_o//[^avx]/};
+    if [[ $__devboxd_v ]]; then __devboxd_s=$__devboxd_e; else __devboxd_p=("$__devboxd_s"); fi;
+    if [[ $__devboxd_k ]]; then
+      __devboxd_n=$(( __devboxd_n + 1 )) __devboxd_f=u __devboxd_i=u;
+      if [[ :$BASHOPTS: == *:extglob:* ]]; then __devboxd_f=s; fi;
+      if [[ :$BASHOPTS: == *:expand_aliases:* ]]; then __devboxd_i=s; fi;
+      {
+        if [[ $__devboxd_o ]]; then \builtin set "-$__devboxd_o"; fi;
+        \builtin printf '# %s\ncd -- %q\nunalias -a\n' "$__devboxd_n" "${PWD-}";
+        \builtin umask -p;
+        \builtin export -p;
+        \builtin shopt -p;
+        \builtin set +o;
+        \builtin printf 'shopt -u expand_aliases; shopt -s extglob\n';
+        \builtin alias -p;
+        \builtin declare -f;
+        \builtin declare -Fx;
+        \builtin printf '\\builtin shopt -%s extglob\n' "$__devboxd_f";
+        \builtin printf '\\builtin shopt -%s expand_aliases\n#end\n' "$__devboxd_i";
+      } >|"$__devboxd/$(( __devboxd_n % 2 ))";
+      \builtin set +avx;
+      __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i=;
+      \builtin printf 'E %s %d\n' "$__devboxd_f" "$__devboxd_s" >&21;
+    fi;
+    \builtin mapfile -t -n 1 -u 20 __devboxd_i;
+    __devboxd_k=${__devboxd_i[0]-} __devboxd_v= __devboxd_e=;
+    if [[ $__devboxd_k ]]; then
+      __devboxd_f=/run/devboxd/x/$__devboxd_k;
+      \builtin mapfile -d '' __devboxd_c <"$__devboxd_f/c";
+      if (( ${#__devboxd_c} < 9999 )); then __devboxd_c=${__devboxd_c%$'\n'}; fi;
+      if (( ${#__devboxd_c} < 9999 ))
+          && [[ $__devboxd_c == *'|'* || $__devboxd_c == *ERR* || ${__devboxd_d-} == *ERR* ]]
+          && [[ $__devboxd_c == *[[:alnum:]\"\'\]\}\)/._*] && $__devboxd_c != *'<<'* && $__devboxd_c != *'()' ]]
+          && [[ $__devboxd_o != *v* ]]
+          && [[ $__devboxd_c == *done
+              || " ${__devboxd_c##*$'\n'}" != *[![:alnum:]_]@(for|select|function|coproc)[[:space:]]* ]]; then
+        __devboxd_c+=$'\n{ __devboxd_e=$? __devboxd_p=("${PIPESTATUS[@]}") __devboxd_v=1; } >/dev/null 2>&1';
+      fi;
+      if (( ${#__devboxd_p[@]} > 1 )) && [[ $__devboxd_s == "${__devboxd_p[-1]}" || -o pipefail ]]; then
+        \builtin printf -v __devboxd_e '|(\\builtin exit %d)' "${__devboxd_p[@]}";
+        __devboxd_e="${__devboxd_e#'|'}";
+      elif (( __devboxd_s )); then
+        __devboxd_e="__devboxd_q() { \\builtin unset -f __devboxd_q; \\builtin return $__devboxd_s; }; __devboxd_q ''";
+      fi;
+      if (( __devboxd_s )); then __devboxd_e+=' && :'; fi;
+      __devboxd_i=';';
+      if [[ $__devboxd_o || ${__devboxd_d-} ]]; then
+        __devboxd_i=$'\n';
+        __devboxd_e="${__devboxd_d:+\\builtin $__devboxd_d;}${__devboxd_e:-\\builtin :}";
+        __devboxd_e="${__devboxd_o:+\\builtin set -$__devboxd_o;}$__devboxd_e";
+      fi;
+      if [[ $__devboxd_e ]]; then __devboxd_c="{ $__devboxd_e; } >/dev/null 2>&1$__devboxd_i$__devboxd_c"; fi;
+      __devboxd_i=/dev/null;
+      if [[ -p $__devboxd_f/0 ]]; then __devboxd_i=$__devboxd_f/0; fi;
+      \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2";
+      \builtin printf 'S %s\n' "$__devboxd_k" >&21;
+    fi;
+    [[ ! $__devboxd_k ]];
+  do
+    for __devboxd_i in 1; do
+      \builtin : '';
+      \builtin eval -- "$__devboxd_c" 20<&- 21>&-;
+    done;
+  done;
 }
 """
-"""What the bash of a named shell runs. It reads keys of commands at descriptor 20 and answers at 21.
+DRIVER = " ".join(line.strip() for line in _DRIVER.splitlines())
+"""What the bash of a named shell runs: one line, so that errors name the lines of the command. It reads keys at
+descriptor 20 and answers at 21.
 
-The command runs by `eval` in the shell itself, so that directory, variables, functions, aliases and options stay. Job
-control is on: each pipeline has a process group of its own, and background jobs outlive a kill of a later command.
+The command runs by `eval` in the shell itself, so that directory, variables, functions, aliases and options stay.
+Job control is on: each pipeline has a process group of its own, and background jobs outlive a kill of a later command.
+`$?` and PIPESTATUS are at its begin what they were at the end of the one before: what sets them stands before its text;
+what reads PIPESTATUS, which `eval` overwrites, stands behind a text with a pipe, when that looks complete.
 
-A command may do anything to this shell; at worst the shell ends with it, and the next begins from the record:
+A command, or a profile, may do anything to this shell; at worst the shell ends with it, and the next begins from the
+record:
 
-- All else is the condition of the loop. So the end of a command is told even when it jumps there by `continue 2`;
-  `set -e` does not hold; and after `set -n`, when nothing is executed any more, an `until` ends where a `while` would
-  spin. The `for` of one round catches a stray `break`.
+- All that is not a command is the condition of an `if` or of the loop. So the end of a command is told even when it
+  jumps there by `continue 2`; `set -e` and a trap on ERR do not hold; and after `set -n`, when nothing is executed any
+  more, an `until` ends where a `while` would spin. The `for` of one round catches a stray `break`.
 - The variables are assigned before the end is told, which one that is `readonly` now prevents.
-- It is one compound command, read before the record's aliases are there. No function but `unset`, `builtin` and
+- It is one compound command, read while aliases are off. No function but `unset`, `builtin` and
   `command` can stand in the way of `\\builtin`; those named `builtin` and `command` last only for their command. If all
   else fails no key is read, and the shell ends.
-- `set -a` and `set -x` are off meanwhile: these variables are exported to no command, and nothing of this is traced.
+- `mapfile` reads, and not `read`, for which IFS and TMOUT, which may be readonly, would count. No name is left to match
+  by files, and BASH_REMATCH, REPLY and MAPFILE are the commands'.
+- `set -a`, `-v` and `-x` and a trap on DEBUG are off meanwhile: these variables are exported to no command, and nothing
+  of this is shown.
 - The shell's own descriptors 0, 1 and 2 are the command's, so that a trap on EXIT can write.
 
 After each command the state is written to one of two files in turn, whole only with its last line, so that a death in
 between leaves the other one. There, options come before functions and aliases, which could change what the words mean;
-functions are read with extglob, without which some cannot be, and without aliases. `||` keeps `set -e` away.
+functions are read with extglob, without which some cannot be, and without aliases.
 """
 
 
@@ -108,10 +159,15 @@ def shell_key(name: str) -> str:
 
 
 READ_SCRIPT = (
-    'IFS= builtin read -r -d "" -u 9 BASH_EXECUTION_STRING || :; command exec 9<&-; '
-    'builtin eval -- "$BASH_EXECUTION_STRING"'
+    r'{ \builtin mapfile -d "" -u 9 BASH_EXECUTION_STRING; \command exec 9<&-; } >/dev/null 2>&1; '
+    r'\builtin eval -- "$BASH_EXECUTION_STRING"'
 )
 """Runs the script at descriptor 9: one of any size, which no list of processes shows, neither here nor on the host."""
+
+_READ_DRIVER = (
+    r"\unset -f builtin command; \builtin shopt -u expand_aliases; "
+    r'\builtin mapfile -d "" -u 9 __devboxd_r; \builtin exec 9<&-; \builtin eval "${__devboxd_r[0]}"'
+)
 
 
 def shell_record(key: str, kept: bytes = b"") -> tuple[list[str], bytes]:
@@ -119,8 +175,7 @@ def shell_record(key: str, kept: bytes = b"") -> tuple[list[str], bytes]:
 
     It begins with the last record of its state, or with the one that was `kept` from before its box was suspended.
     """
-    quoted = b"'" + kept.replace(b"'", rb"'\''") + b"'"
-    return ["bash", "-lc", READ_SCRIPT, "bash", key], b"__devboxd_r=" + quoted + DRIVER.encode()
+    return ["bash", "-lc", _READ_DRIVER], DRIVER.replace("KEY", key).encode() + b"\0" + kept
 
 
 class Shell:
