@@ -20,9 +20,9 @@ def main() -> NoReturn:
     """Run the command line. Every refusal is one line on standard error that begins with "cannot"; exit code 2."""
     try:
         _open_streams()
-        code = cli.main(standalone_mode=False, prog_name="devboxd")
+        _run()
         sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(0)
     except click.exceptions.NoArgsIsHelpError as error:
         sys.exit(say(error.ctx.get_help() if error.ctx else ""))
     except click.ClickException as error:
@@ -38,6 +38,17 @@ def main() -> NoReturn:
     except OSError as error:
         _write_no_more()
         sys.exit(refuse(f"cannot go on: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+
+
+def _run() -> None:
+    if "_DEVBOXD_COMPLETE" in os.environ:  # a shell asks what comes next
+        cli.main(prog_name="devboxd")
+    try:  # not by `cli.main`, which has words of its own for Ctrl-C and for output that nobody reads
+        with cli.make_context("devboxd", sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:
+        if done.exit_code:
+            sys.exit(done.exit_code)
 
 
 def _open_streams() -> None:

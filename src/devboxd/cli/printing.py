@@ -26,8 +26,12 @@ def say(text: str) -> int:
 
 
 def refuse(message: str) -> int:
-    """Print why something was not done, in one line; the exit code."""
-    return say(" ".join(message.split()))
+    """Print why something was not done; the exit code.
+
+    In one line, but for what another program said in lines of its own, which begin with two spaces.
+    """
+    quotes = any(line.startswith("  ") for line in message.splitlines())
+    return say("\n".join(map(str.rstrip, message.splitlines())) if quotes else " ".join(message.split()))
 
 
 def table(titles: tuple[str, ...], rows: Sequence[tuple[str, ...]], drop: Sequence[str] = ()) -> None:
@@ -60,7 +64,13 @@ def console(*, stderr: bool = False) -> Console:
     """A console for what needs more than lines; without colours where NO_COLOR asks for none."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
+    class Plain(Console):
+        """A console that leaves it to `main` what follows when nobody reads."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Plain(stderr=stderr, highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -100,13 +110,17 @@ def with_progress(work: Callable[[Callable[[float, str], None]], Coroutine[Any, 
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0, visible=False)  # what is refused at once never showed progress
+    bar = Progress(*columns, console=console(stderr=True))
+    task = bar.add_task("", total=1.0)
 
-        def show(done: float, text: str) -> None:
-            bar.update(task, completed=done, description=text, visible=True)
+    def show(done: float, text: str) -> None:
+        bar.start()  # only now: what is refused at once shows no progress
+        bar.update(task, completed=done, description=text)
 
-        try:
-            return asyncio.run(work(show))
-        except EngineError as error:
-            raise SetupError(str(error)) from error
+    try:
+        return asyncio.run(work(show))
+    except EngineError as error:
+        raise SetupError(str(error)) from error
+    finally:
+        if bar.live.is_started:
+            bar.stop()
