@@ -32,6 +32,7 @@ async def test_systemds_watchdog_hears_that_the_loop_turns(tmp_path: Path) -> No
         ("echo ActiveState=inactive; echo Job=271", True),
         ("echo ActiveState=active", True),
         ("echo ActiveState=inactive", False),
+        ("echo ActiveState=inactive; echo Job=", False),
         ("echo System has not been booted with systemd >&2; exit 1", False),
         ("exec sleep 60", False),
     ],

@@ -96,4 +96,5 @@ def machine_stops(environ: Mapping[str, str] = os.environ) -> bool:
         told = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False, env=dict(environ))
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return any(line.startswith("Job=") or line == "ActiveState=active" for line in told.stdout.splitlines())
+    shown = dict(line.partition("=")[::2] for line in told.stdout.splitlines())
+    return shown.get("ActiveState") == "active" or shown.get("Job", "") not in ("", "0")
