@@ -162,7 +162,7 @@ async def test_the_log_tells_path_and_outcome_and_nothing_secret(web: Web) -> No
     secret = "hunter2"
     with capture_logs() as logs:
         await client.get(f"/v1/things/x?name={secret}", headers={"x-secret": secret})
-        await client.post("/v1/things", json={"command": secret}, headers={"x-request-id": secret})
+        await client.post("/v1/things", json={"command": secret}, headers={"x-request-id": "req\x1b1"})
         await client.post("/v1/things", json={"command": secret, "count": secret})
         await client.post("/v1/things", content=secret, headers={"content-type": "application/json"})
         await client.get("/v1/accounts/me", headers={"authorization": f"Bearer {secret}"})
@@ -174,6 +174,9 @@ async def test_the_log_tells_path_and_outcome_and_nothing_secret(web: Web) -> No
     ]  # fmt: skip
     assert logs[0]["path"] == "/v1/things/x"
     assert logs[0]["account"].startswith("acc_")
+    assert [entry["key"] for entry in logs] == [*[(await accounts.list_keys(web.store))[0].id] * 4, "", ""]
+    assert {entry["address"] for entry in logs} == {"127.0.0.1"}
+    assert [entry["request_id"] for entry in logs] == ["", "req%1B1", "", "", "", ""]
     assert logs[-1]["path"] == "/v1/new%0Aline%1B%5B31m"
 
 

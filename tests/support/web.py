@@ -55,6 +55,7 @@ class Things:
         self.fail: Exception | None = None
         self.resumed: list[str | None] = []
         self.uploads: list[bytes] = []
+        self.left = asyncio.Event()
 
     async def make(self, call: Call, command: str, *, answer: bytes | None = None) -> str:
         self.resumed.append(call.once.ref)
@@ -110,8 +111,14 @@ async def upload(things: Things, call: Call) -> Response:
     return Response(b"{}", media_type="application/json", headers={"x-sha256": digest})
 
 
-async def wait_for(thing_id: str) -> dict[str, str]:
+async def wait_for(things: Things, thing_id: str) -> dict[str, str]:
     """Wait for a thing."""
+    things.entered.set()
+    try:
+        await things.gate.wait()
+    except asyncio.CancelledError:
+        things.left.set()
+        raise
     return {"thing_id": thing_id}
 
 

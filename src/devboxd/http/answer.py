@@ -12,6 +12,11 @@ from devboxd.errors import ApiError
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
+WHOLE = 64 << 10
+"""Longer bodies go out in pieces: the HTTP below takes a whole one at once, however slow its client reads."""
+_PIECES = 8
+"""Of which it takes five ahead: a client that reads nothing keeps the rest, and so the request, here."""
+
 JSON: Headers = ((b"content-type", b"application/json"),)
 _RETRY: dict[bool, Headers] = {
     True: (*JSON, (b"x-should-retry", b"true")),
@@ -32,7 +37,18 @@ class Answer:
         """Send the whole answer."""
         length = (b"content-length", str(len(self.body)).encode())
         await send({"type": "http.response.start", "status": self.status, "headers": [*self.headers, length]})
-        await send({"type": "http.response.body", "body": self.body})
+        if len(self.body) <= WHOLE:
+            await send({"type": "http.response.body", "body": self.body})
+        else:
+            await send_pieces(self.body, send)
+
+
+async def send_pieces(body: bytes, send: Send) -> None:
+    """Send a body that has bytes, and return when the last of its pieces is on its way."""
+    size = -(-len(body) // _PIECES)
+    for start in range(0, len(body), size):
+        more = start + size < len(body)
+        await send({"type": "http.response.body", "body": body[start : start + size], "more_body": more})
 
 
 EMPTY = Answer(200, b"{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -21,15 +22,20 @@ Body = bytes | mmap.mmap
 """What a body is read into; both are buffers with a length."""
 
 
-async def read(receive: Receive, length: int | None, limit: int) -> Body:
+async def read(receive: Receive, length: int | None, limit: int, take: Callable[[int], None]) -> Body:
     """The whole body, of which the client announced `length` bytes unless it sends chunks.
 
+    `take` is told of each byte before it is held, and raises ApiError when there is no room.
     Raises ApiError 413 for one of more than `limit` bytes, 408 for one that stands still, and ClientDisconnect.
     """
     if length is not None and length > limit:
         raise _too_large(limit)
+    if length is not None:
+        take(length)
     message = await _next(receive)
     body: bytes = message.get("body", b"")
+    if length is None:
+        take(len(body))
     if not message.get("more_body"):
         if len(body) > limit:
             raise _too_large(limit)
@@ -40,6 +46,8 @@ async def read(receive: Receive, length: int | None, limit: int) -> Body:
     while message.get("more_body"):
         message = await _next(receive)
         parts.append(message.get("body", b""))
+        if length is None:
+            take(len(parts[-1]))
         size += len(parts[-1])
         if size > limit:
             raise _too_large(limit)

@@ -22,7 +22,7 @@ _NOSNIFF = (b"x-content-type-options", b"nosniff")
 _METHODS = b"GET, POST, PUT, PATCH, DELETE"
 _log = structlog.get_logger()
 _find_key = Statement(
-    select(keys.c.account_id, keys.c.expires_at_ms).where(
+    select(keys.c.account_id, keys.c.expires_at_ms, keys.c.id).where(
         keys.c.hash == bindparam("hash"), keys.c.revoke_time_ms.is_(None)
     )
 )
@@ -33,21 +33,24 @@ def hash_key(secret: str) -> str:
     return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest()
 
 
-async def authenticate(store: Store, authorization: bytes) -> str:
-    """The account of a Bearer key. It is looked up each time (15 µs), so a revocation holds from the next request on.
+async def authenticate(store: Store, scope: Scope) -> None:
+    """Leave account and id of the Bearer key as scope["devboxd.account"] and ["devboxd.key"].
+
+    The key is looked up each time (15 µs), so a revocation holds from the next request on.
 
     Raises ApiError 401.
     """
+    authorization: bytes = scope["devboxd.headers"].get(b"authorization", b"")
     scheme, _, secret = authorization.decode("latin-1").partition(" ")
     if scheme.lower() != "bearer" or not secret.strip():
         raise ApiError(401, "cannot let you in: authentication needs a key; send `Authorization: Bearer ak_...`")
     digest = hash_key(secret.strip())
-    account, expires = await store.read(lambda c: _find_key.one(c, {"hash": digest})) or ("", None)
+    account, expires, key = await store.read(lambda c: _find_key.one(c, {"hash": digest})) or ("", None, "")
     if not account or (expires is not None and expires <= time.time_ns() // 1_000_000):
         raise ApiError(
             401, "cannot let you in: this key is invalid, revoked or expired; `devboxd keys create` makes one"
         )
-    return str(account)
+    scope["devboxd.account"], scope["devboxd.key"] = account, key
 
 
 class Guard:
@@ -61,7 +64,7 @@ class Guard:
         self._origins = {origin.encode() for origin in settings.cors_origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request and log it: method, path, status, milliseconds, account; nothing else of it."""
+        """Serve one request and log it: method, path, status, milliseconds, and who asked; nothing else of it."""
         started = time.perf_counter()
         status, answered = 499, 0.0  # the client left before an answer began
         headers = scope["devboxd.headers"] = dict(scope["headers"])
@@ -143,4 +146,7 @@ def _log_request(scope: Scope, status: int, started: float) -> None:
         status=status,
         ms=round((time.perf_counter() - started) * 1000, 2),
         account=scope.get("devboxd.account", ""),
+        key=scope.get("devboxd.key", ""),
+        address=(scope.get("client") or ("",))[0],
+        request_id=quote(scope["devboxd.headers"].get(b"x-request-id", b"")[:100], safe=":@"),
     )

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import unquote
 
 import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from devboxd.config import Settings
 from devboxd.errors import ApiError, not_found, timed_out
 from devboxd.http import body as bodies
 from devboxd.http import pages
-from devboxd.http.answer import Answer, of_error, of_value
+from devboxd.http.answer import WHOLE, Answer, of_error, of_value
 from devboxd.http.binding import Absent, Binding, Operation, Route
 from devboxd.http.body import BIG_BYTES, Body
+from devboxd.http.bounds import Bounds, Held
 from devboxd.http.call import Call
 from devboxd.http.guard import Guard, authenticate
 from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
@@ -83,6 +86,7 @@ class Application:
         self._store = store
         self._ready = ready
         self._desk = Desk(store)
+        self.bounds = Bounds()
         own = pages.routes(lambda: _unready_error(ready()), lambda: self.operations, absent)
         known = {kind: service for service in services for kind in type(service).__mro__[:-1]}
         self.operations = [
@@ -109,56 +113,58 @@ class Application:
         await self._desk.drain(grace_seconds)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: Answer | Response
-        try:
-            answer = await self._answer(scope, receive)
-        except ApiError as error:
-            answer = of_error(error)
-        except _WrongMethod as error:
-            answer = error.answer
-        except ClientDisconnect:
-            return
-        except Exception as error:
-            answer = _fault(error)
-        if isinstance(answer, Answer):
-            await answer.send(send)
-            return
-        try:
-            await answer(scope, receive, send)
-        except EOFError as error:  # its source ended before what was announced
-            _log.warning("request.cut", path=scope["path"][:200], reason=str(error))
-            raise
-        except Exception as error:
-            _fault(error)
-            raise  # the connection is cut, so that the client sees an incomplete answer
+        with contextlib.ExitStack() as until_sent:
+            answer = await self._answer(scope, receive, until_sent)
+            if isinstance(answer, Answer):
+                await answer.send(send)
+            elif answer is not None:
+                await _deliver(answer, scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive) -> Answer | Response:
-        operation, values = self._find(scope)
-        scope["devboxd.operation"] = operation.name
-        headers: dict[bytes, bytes] = scope["devboxd.headers"]
-        if isinstance(operation, Absent):
-            await authenticate(self._store, headers.get(b"authorization", b""))
-            raise operation.refusal()
+    async def _answer(
+        self, scope: Scope, receive: Receive, until_sent: contextlib.ExitStack
+    ) -> Answer | Response | None:
+        """The answer, also to what is wrong; None for a client that is gone."""
+        try:
+            operation, values = self._find(scope)
+            scope["devboxd.operation"] = operation.name
+            if isinstance(operation, Absent):
+                await authenticate(self._store, scope)
+                raise operation.refusal()
+            if operation.route.scope:
+                await authenticate(self._store, scope)
+            held = until_sent.enter_context(self.bounds.admit(scope.get("devboxd.key", "")))
+            answer = await self._admitted(operation, values, scope, receive, held)
+            if isinstance(answer, Answer) and len(answer.body) > WHOLE:
+                held.take(len(answer.body))
+            return answer
+        except ApiError as error:
+            return of_error(error)
+        except _WrongMethod as error:
+            return error.answer
+        except ClientDisconnect:
+            return None
+        except Exception as error:
+            return _fault(error)
+
+    async def _admitted(
+        self, operation: Operation, values: Sequence[str], scope: Scope, receive: Receive, held: Held
+    ) -> Answer | Response:
         route = operation.route
         if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
             raise await _sent_away(route, unready)
-        account = ""
-        if route.scope:
-            account = await authenticate(self._store, headers.get(b"authorization", b""))
-            scope["devboxd.account"] = account
         if route.once:
-            return await self._once(operation, values, account, scope, receive)
+            return await self._once(operation, values, scope, receive, held)
         body: Body = b""
         if route.method not in _BODYLESS and not route.streamed:
-            body = await _read_body(route, headers, receive)
-            _check_type(operation, headers, body)
-        call = Call(account, Request(scope, receive), Once(None, hashlib.sha256()))
-        return await _perform(operation, call, values, body)
+            body = await _read_body(operation, scope, receive, held)
+        call = Call(scope.get("devboxd.account", ""), Request(scope, receive), Once(None, hashlib.sha256()))
+        work = _perform(operation, call, values, body)
+        return await (_while_there(receive, work) if route.waits else work)
 
     async def _once(
-        self, operation: Operation, values: Sequence[str], account: str, scope: Scope, receive: Receive
+        self, operation: Operation, values: Sequence[str], scope: Scope, receive: Receive, held: Held
     ) -> Answer:
-        route = operation.route
+        route, account = operation.route, scope["devboxd.account"]
         headers: dict[bytes, bytes] = scope["devboxd.headers"]
         request_id = headers.get(b"x-request-id", b"")
         key = request_key(account, scope["method"], scope["path"], scope["query_string"], request_id)
@@ -166,8 +172,7 @@ class Application:
             stream = StreamFingerprint(receive, _boundary(headers), bodies.STALL_SECONDS)
             request = Request(scope, stream.receive)
             return await self._desk.answer(key, stream, _work(operation, values, account, request, [b""]))
-        body = await _read_body(route, headers, receive)
-        _check_type(operation, headers, body)
+        body = await _read_body(operation, scope, receive, held)
         big = len(body) > BIG_BYTES
         fingerprint = await asyncio.to_thread(hashlib.sha256, body) if big else hashlib.sha256(body)
         work = _work(operation, values, account, Request(scope, receive), [body])
@@ -241,15 +246,46 @@ def _whole(answer: Answer | Response) -> Answer:
     return Answer(answer.status_code, bytes(answer.body), headers)
 
 
-async def _read_body(route: Route, headers: dict[bytes, bytes], receive: Receive) -> Body:
+async def _deliver(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send it; one that cannot be finished raises, which cuts the connection: the client sees an incomplete answer."""
+    try:
+        await answer(scope, receive, send)
+    except (EOFError, TimeoutError) as error:  # its source ended before what was announced, or its reader is too slow
+        _log.warning("request.cut", path=scope["path"][:200], reason=str(error) or "the client takes too long")
+        raise
+    except Exception as error:
+        _fault(error)
+        raise
+
+
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, Answer | Response]) -> Answer | Response:
+    """The result of `work`, whose request has been read. Raises ClientDisconnect when the client leaves before."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_next(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _next(receive: Receive) -> Message:
+    return await receive()
+
+
+async def _read_body(operation: Operation, scope: Scope, receive: Receive, held: Held) -> Body:
+    """The body of a request whose type is right. A web page can send any other type without asking first, so it is
+    refused even where the body is ignored.
+    """
+    headers: dict[bytes, bytes] = scope["devboxd.headers"]
     length = headers.get(b"content-length", b"")
-    return await bodies.read(receive, int(length) if length.isdigit() else None, route.body_limit)
-
-
-def _check_type(operation: Operation, headers: dict[bytes, bytes], body: Body) -> None:
-    """A web page can send any other type without asking first, so it is refused even where the body is ignored."""
+    body = await bodies.read(receive, int(length) if length.isdigit() else None, operation.route.body_limit, held.take)
     if body and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "cannot read the body: its type is unknown; send it with `Content-Type: application/json`")
+    return body
 
 
 def _boundary(headers: dict[bytes, bytes]) -> bytes:

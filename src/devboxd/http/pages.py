@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import Annotated
@@ -15,6 +14,7 @@ from devboxd.errors import ApiError
 from devboxd.http import docs_page, openapi
 from devboxd.http.binding import Absent, Operation, Route
 from devboxd.http.call import Call
+from devboxd.http.document import Document, Readers
 
 _KEY = "devboxd keys create"
 _LINKS = ("/docs", "/openapi.json", "/healthz", "/metrics")
@@ -27,25 +27,13 @@ class Health(msgspec.Struct, frozen=True):
     """Always ready. Example: `"ready"`"""
 
 
-class _Once:
-    """Bytes that are made at the first request, in a thread, and kept."""
-
-    def __init__(self, make: Callable[[], bytes]) -> None:
-        self._make = make
-        self._made: asyncio.Future[bytes] | None = None
-
-    async def get(self) -> bytes:
-        if self._made is None:
-            self._made = asyncio.ensure_future(asyncio.to_thread(self._make))
-        return await asyncio.shield(self._made)
-
-
 def routes(
     unready: Callable[[], ApiError | None], operations: Callable[[], Sequence[Operation]], absent: Sequence[Absent]
 ) -> list[Route]:
     """The rows of these pages. `unready` gives the error of a server that cannot run commands now, else None."""
-    described = _Once(lambda: openapi.document(operations()))
-    page = _Once(lambda: docs_page.page(operations(), absent).encode())
+    readers = Readers()
+    described = Document(lambda: openapi.document(operations()), "application/json", readers, {})
+    page = Document(lambda: docs_page.page(operations(), absent).encode(), "text/html", readers, docs_page.HEADERS)
 
     async def welcome(call: Call) -> Annotated[Response, "text/html", "text/plain"]:
         """Tell whether the server is ready, its version, and how to use it: a web page, or text for other clients."""
@@ -66,13 +54,13 @@ def routes(
             raise error
         return Health("ready")
 
-    async def openapi_json() -> Response:
+    async def openapi_json(call: Call) -> Annotated[Response, "application/json", 503]:
         """Give the description of all operations as OpenAPI 3.1."""
-        return Response(await described.get(), media_type="application/json")
+        return await described.answer(call.request.scope["devboxd.headers"])
 
-    async def docs() -> Annotated[Response, "text/html"]:
+    async def docs(call: Call) -> Annotated[Response, "text/html", 503]:
         """Give the same description as one web page."""
-        return Response(await page.get(), media_type="text/html", headers=docs_page.HEADERS)
+        return await page.answer(call.request.scope["devboxd.headers"])
 
     return [
         Route("GET", "/", welcome, scope=""),
