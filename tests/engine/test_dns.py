@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -153,6 +155,42 @@ def test_waiting_queries_are_bounded(netns: Path) -> None:
         assert 0 < resolver.seen <= dns.MAX_QUERIES
 
     forwarding(netns, work, silent=True)
+
+
+@needs_root
+@pytest.mark.parametrize("way", ["datagrams", "connections", "one connection"])
+def test_a_flood_is_read_at_a_pace(netns: Path, way: str) -> None:
+    seconds = 1.5
+
+    def flood() -> None:
+        end = time.monotonic() + seconds
+        address = (dns.LISTEN, dns.PORT)
+        if way == "datagrams":
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                while time.monotonic() < end:
+                    asking.sendto(query(), address)
+        elif way == "connections":
+            while time.monotonic() < end:
+                with socket.create_connection(address, 5) as asking:
+                    asking.sendall(struct.pack("!H", len(query())) + query())
+        else:
+            with socket.create_connection(address, 5) as asking, contextlib.suppress(TimeoutError):
+                asking.settimeout(seconds)
+                for _ in range(20_000):
+                    asking.sendall(struct.pack("!H", len(query())) + query())
+                    if asking.recv(65536) == b"" or time.monotonic() > end:
+                        break
+
+    async def work(forwarder: dns.Forwarder, resolver: Resolver) -> None:
+        begun = time.monotonic()
+        await asyncio.to_thread(inside, netns, flood)
+        assert resolver.seen <= dns.BURST + dns.EACH_SECOND * (time.monotonic() - begun) + dns.MAX_CONNECTIONS
+        for _ in range(20):
+            if await asyncio.to_thread(by_datagram, netns, query(7), 1) == query(7) + b"!":
+                return
+        raise AssertionError("no query is answered any more")
+
+    forwarding(netns, work)
 
 
 @needs_root

@@ -229,6 +229,7 @@ async def test_folders_for_the_agent(shared: Box) -> None:
     assert {"nosuid", "nodev"} <= set(" ".join(options).replace(" ", ",").split(","))
     assert (await shared.run("touch", "/run/devboxd/x", user="user")).status != 0
     assert int(await shared.sh("df --output=size -B1 /dev/shm | tail -n1")) >= 64 << 20
+    assert int(await shared.sh("df --output=size -B1 /run | tail -n1")) <= 64 << 20
 
 
 # limits

@@ -126,7 +126,7 @@ def _mounts(spec: BoxSpec, agent: Path) -> list[dict[str, Any]]:
         ("/dev/mqueue", "mqueue", inert),
         ("/sys", "sysfs", [*inert, "ro"]),
         ("/sys/fs/cgroup", "cgroup2", [*inert, "ro"]),
-        ("/run", "tmpfs", ["nosuid", "nodev", "mode=755"]),
+        ("/run", "tmpfs", ["nosuid", "nodev", "mode=755", f"size={shared // 4}"]),
         ("/run/devboxd", "tmpfs", ["nosuid", "nodev", "mode=755", "size=64m"]),
     ]
     mounts: list[dict[str, Any]] = [

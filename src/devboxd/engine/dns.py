@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import ipaddress
 import socket
 import struct
@@ -27,6 +26,8 @@ MAX_QUERIES = 128
 """Most queries of one box that wait for an answer."""
 MAX_CONNECTIONS = 16
 """Most TCP connections of one box."""
+BURST, EACH_SECOND = 500, 200
+"""Most queries and new connections of one box that are taken at once, and in a second for long; others wait unread."""
 _MAX_DATAGRAM = 4096
 _HEADER = 12
 _ANSWER_SECONDS = 4.0
@@ -77,6 +78,21 @@ def is_address(text: str) -> bool:
     return False
 
 
+class Bucket:
+    """A pace: as many tokens as it holds at once, then so many in a second."""
+
+    def __init__(self, most: int, each_second: float) -> None:
+        self._most, self._each_second = most, each_second
+        self._tokens, self._at = float(most), 0.0
+
+    async def take(self) -> None:
+        """Return when a token is there, which is gone then. Those who wait get theirs in the order of their calls."""
+        now = asyncio.get_running_loop().time()
+        self._tokens = min(self._most, self._tokens + (now - self._at) * self._each_second) - 1
+        self._at = now
+        await asyncio.sleep(max(0.0, -self._tokens / self._each_second))  # others have their turn in any case
+
+
 class Forwarder:
     """Answers the queries of one box with the help of the host's resolvers."""
 
@@ -88,36 +104,32 @@ class Forwarder:
         self._tasks: set[asyncio.Task[None]] = set()
         self._queries = 0
         self._connections = 0
-        self._transport: asyncio.DatagramTransport | None = None
-        self._server: asyncio.Server | None = None
+        self._pace = Bucket(BURST, EACH_SECOND)
+        self._open: tuple[socket.socket, ...] = ()
 
     async def open(self, netns: Path) -> None:
         """Listen inside the namespace. Raises OSError when something there already has the port."""
-        datagrams, stream = await asyncio.to_thread(inside, netns, self._sockets)
-        try:
-            loop = asyncio.get_running_loop()
-            make = functools.partial(_Datagrams, self)
-            self._transport, _ = await loop.create_datagram_endpoint(make, sock=datagrams)
-            self._server = await asyncio.start_server(self._accept, sock=stream)
-        except BaseException:
-            stream.close()
-            await self.close()
-            raise
+        self._open = datagrams, stream = await asyncio.to_thread(inside, netns, self._sockets)
+        self._start(self._receive(datagrams))
+        self._start(self._accept(stream))
 
     async def close(self) -> None:
         """Stop listening and drop the queries that wait. May be called twice."""
-        if self._transport is not None:
-            self._transport.close()
-        if self._server is not None:
-            self._server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for one in self._open:
+            one.close()
 
-    def received(self, query: bytes, sender: tuple[str, int]) -> None:
-        """Take one datagram of the box."""
-        if _HEADER <= len(query) <= _MAX_DATAGRAM and self._queries < MAX_QUERIES:
-            self._start(self._answer_datagram(query, sender))
+    async def _receive(self, datagrams: socket.socket) -> None:
+        """Take the datagrams of the box, as fast as it may send them: the kernel drops what comes faster."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._pace.take()
+            with contextlib.suppress(OSError):
+                query, sender = await loop.sock_recvfrom(datagrams, _MAX_DATAGRAM + 1)
+                if _HEADER <= len(query) <= _MAX_DATAGRAM and self._queries < MAX_QUERIES:
+                    self._start(self._answer_datagram(datagrams, query, sender))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -131,38 +143,50 @@ class Forwarder:
             stream.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             datagrams.bind((LISTEN, self._port))
             stream.bind((LISTEN, self._port))
+            stream.listen(MAX_CONNECTIONS)
         except BaseException:
             datagrams.close()
             stream.close()
             raise
         return datagrams, stream
 
-    async def _answer_datagram(self, query: bytes, sender: tuple[str, int]) -> None:
+    async def _answer_datagram(self, datagrams: socket.socket, query: bytes, sender: tuple[str, int]) -> None:
         with self._counted():
             answer = await self._first_answer(_ask_by_datagram, query)
-        if answer and self._transport is not None and not self._transport.is_closing():
-            self._transport.sendto(answer, sender)
+        if answer:
+            with contextlib.suppress(OSError):  # also where the box reads no answers
+                datagrams.sendto(answer, sender)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Runs in a task of its own that `close` must find, so it registers itself."""
-        task = asyncio.current_task()
-        if task is None or self._connections >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
-        self._tasks.add(task)
-        self._connections += 1
+    async def _accept(self, stream: socket.socket) -> None:
+        """Take the connections of the box, as fast as it may make them: the others wait in the kernel."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._pace.take()
+            with contextlib.suppress(OSError):
+                connection, _ = await loop.sock_accept(stream)
+                if self._connections < MAX_CONNECTIONS:
+                    self._connections += 1
+                    self._start(self._answer_connection(connection))
+                else:
+                    connection.close()
+
+    async def _answer_connection(self, connection: socket.socket) -> None:
         try:
-            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-                await self._serve_connection(reader, writer)
+            reader, writer = await asyncio.open_connection(sock=connection)
+            try:
+                with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                    await self._serve_connection(reader, writer)
+            finally:
+                writer.transport.abort()
         finally:
             self._connections -= 1
-            self._tasks.discard(task)
-            writer.transport.abort()
+            connection.close()
 
     async def _serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             async with asyncio.timeout(_IDLE_SECONDS):
                 query = await _read_message(reader)
+            await self._pace.take()
             if len(query) < _HEADER or self._queries >= MAX_QUERIES:
                 return
             with self._counted():
@@ -190,16 +214,6 @@ class Forwarder:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     return await ask(server, self._upstream_port, query)
         return None
-
-
-class _Datagrams(asyncio.DatagramProtocol):
-    """Hands what arrives in the box's namespace to its forwarder."""
-
-    def __init__(self, forwarder: Forwarder) -> None:
-        self._forwarder = forwarder
-
-    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        self._forwarder.received(data, addr)
 
 
 class _Reply(asyncio.DatagramProtocol):

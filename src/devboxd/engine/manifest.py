@@ -13,10 +13,10 @@ from devboxd.engine.processes import piped
 
 _ATTRIBUTES = ("--xattrs", "--xattrs-include=*", "--numeric-owner", "--warning=none")
 _ARCHIVE = (
-    *("nice", "tar", "--create", "--file=-", "--sort=name", "--sparse", "--sparse-version=0.0"),
+    *("tar", "--create", "--file=-", "--sort=name", "--sparse", "--sparse-version=0.0"),
     *("--format=pax", "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime", *_ATTRIBUTES),
 )
-_HASH = ("nice", "sha256sum")
+_HASH = ("sha256sum",)
 
 
 async def digest(folder: Path) -> str:

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 
 from devboxd.engine.base import EngineError
 
+MOST_MEMORY = 1 << 30
+"""Bytes of addresses for each program: as much as the smallest box has, for what boxes nest makes programs grow."""
 _SAID = 4096
+_BOUNDED = ("nice", "choom", "--adjust", "500", "--", "prlimit", f"--as={MOST_MEMORY}", "--")
+"""The kernel takes such a program before the server, whose place in that order it would inherit."""
 
 
 def which(program: str) -> str | None:
@@ -19,7 +23,10 @@ def which(program: str) -> str | None:
 
 
 async def piped(*commands: Sequence[str], what: str) -> bytes:
-    """Run programs, each of which reads what the one before writes; what the last one writes. Raises EngineError."""
+    """Run programs, each of which reads what the one before writes; what the last one writes. Raises EngineError.
+
+    Each has at most `MOST_MEMORY`, whatever it reads.
+    """
     running: list[Process] = []
     above: int = DEVNULL
     try:
@@ -28,7 +35,9 @@ async def piped(*commands: Sequence[str], what: str) -> bytes:
                 reading, writing = (DEVNULL, PIPE) if number == len(commands) - 1 else os.pipe()
                 try:
                     running.append(
-                        await asyncio.create_subprocess_exec(*command, stdin=above, stdout=writing, stderr=PIPE)
+                        await asyncio.create_subprocess_exec(
+                            *_BOUNDED, *command, stdin=above, stdout=writing, stderr=PIPE
+                        )
                     )
                 finally:
                     _close(above, writing)
