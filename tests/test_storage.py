@@ -37,8 +37,10 @@ def test_it_is_seen_grown_and_checked_while_a_server_runs_and_while_none_does(ow
         box = api.create()
         snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk", {})["id"]
         found = status(state)
-        assert (found["devboxes"], found["snapshots"], found["shown"]) == (1, 1, True)
-        assert found["file_takes"] < found["size"] <= found["may_grow_to"]
+        assert (found["devboxes"], found["warm_boxes"], found["snapshots"], found["shown"]) == (1, 0, 1, True)
+        assert found["allocated"] == found["size"] <= found["may_grow_to"]
+        assert found["size"] + found["may_still_grow_by"] <= found["may_grow_to"] + GIB // 64
+        assert 0 < found["used"] < found["size"]
         more = found["size"] // GIB + 1
         storage(state, "grow", f"{more}G")
         assert status(state)["size"] == more * GIB
@@ -58,6 +60,23 @@ def test_it_is_seen_grown_and_checked_while_a_server_runs_and_while_none_does(ow
         storage(state, "check")
         own_server.start()
         assert api.output(api.create(snapshot_id=snapshot), "echo whole") == "whole\n"
+
+
+def test_its_counts_agree_with_the_list_of_boxes(tmp_path: Path) -> None:
+    server = Server(warm_boxes="2")
+    try:
+        with server.start().api() as api:
+            api.create()
+            asleep = api.create()
+            api.call("POST", f"/v1/devboxes/{asleep}/suspend")
+            api.wait_box(asleep, "suspended")
+            deadline = time.monotonic() + 60
+            while (found := status(server.state))["warm_boxes"] != 2:
+                assert time.monotonic() < deadline, found
+                time.sleep(0.1)
+            assert found["devboxes"] == len(api.boxes()) == 2
+    finally:
+        server.stop()
 
 
 def _gone(server: Server, box: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from devboxd.engine.pool import Kind, Pool
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
+from devboxd.store.db import FILE_NAME
 
 _UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _WORDS: dict[Kind, str] = {
@@ -34,11 +37,14 @@ class Status:
     size: int | None
     free: int | None
     file: str | None
-    file_takes: int | None
+    allocated: int | None
+    used: int | None
+    may_still_grow_by: int | None
     may_grow_to: int | None
     kept_for_the_server: int
     disk_free: int
     devboxes: int | None
+    warm_boxes: int | None
     snapshots: int | None
 
 
@@ -50,6 +56,7 @@ def status(state: Path) -> Status:
     is_file, shown = pool.kind == "file", pool.mounted
     usage = shutil.disk_usage(pool.folder) if shown or not is_file else None
     disks = Disks(pool) if usage else None
+    boxes, known = disks.boxes() if disks else set(), _devboxes(state)
     return Status(
         pool.kind,
         str(pool.folder),
@@ -57,13 +64,25 @@ def status(state: Path) -> Status:
         usage.total if usage else pool.file.stat().st_size,
         usage.free if usage else None,
         str(pool.file) if is_file else None,
-        pool.file.stat().st_blocks * 512 if is_file else None,
+        pool.file.stat().st_size - pool.holes if is_file else None,
+        usage.total - usage.free if usage else None,
+        max(0, pool.below()) if is_file else None,
         pool.most() if is_file else None,
         reserve(host.total),
         host.free,
-        len(disks.boxes()) if disks else None,
+        len(boxes & known) if disks else None,
+        len(boxes - known) if disks else None,
         len(disks.snapshots()) if disks else None,
     )
+
+
+def _devboxes(state: Path) -> set[str]:
+    """The ids of all devboxes that the store has, also beside a server."""
+    with contextlib.closing(sqlite3.connect(f"file:{state / FILE_NAME}?mode=ro", uri=True)) as store:
+        try:
+            return {row[0] for row in store.execute("SELECT id FROM devboxes WHERE disk_freed = 0")}
+        except sqlite3.Error as error:
+            raise SetupError(f"cannot look at the store {state / FILE_NAME}: {error}") from error
 
 
 def lines(found: Status, size: str = "{:.1f} GiB") -> list[tuple[str, str]]:
@@ -76,12 +95,13 @@ def lines(found: Status, size: str = "{:.1f} GiB") -> list[tuple[str, str]]:
         return "not known while no server runs" if number is None else str(number)
 
     rows = [("storage", _WORDS[found.kind]), ("folder", found.folder)]
-    rows += [("size", shown(found.size)), ("free", shown(found.free))]
+    rows += [("size", shown(found.size)), ("used", shown(found.used)), ("free", shown(found.free))]
     if found.file is not None:
-        rows += [("file", f"{found.file}, takes {shown(found.file_takes)} of its disk")]
-        rows += [("may grow to", shown(found.may_grow_to))]
+        rows += [("file", f"{found.file}, {shown(found.allocated)} allocated on its disk")]
+        rows += [("may grow", f"by {shown(found.may_still_grow_by)}, to {shown(found.may_grow_to)}")]
     rows += [("disk below", f"{shown(found.disk_free)} free, {shown(found.kept_for_the_server)} kept for the server")]
-    return [*rows, ("devboxes", counted(found.devboxes)), ("snapshots", counted(found.snapshots))]
+    rows += [("devboxes", counted(found.devboxes)), ("warm boxes", counted(found.warm_boxes))]
+    return [*rows, ("snapshots", counted(found.snapshots))]
 
 
 def grow(state: Path, size: str) -> int:

@@ -146,6 +146,10 @@ class Engine(Protocol):
     def disks_held(self) -> bool:
         """Whether no box can write to its disk now, because the machine has no room."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why no box can write to its disk, whatever room there is; None when all is well."""
+
     def short_of(self) -> str | None:
         """Why the machine has no room for another box, None when it has."""
 

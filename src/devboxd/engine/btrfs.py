@@ -29,20 +29,20 @@ _SYSFS = Path("/sys/fs/btrfs")
 
 def create(path: Path) -> None:
     """Make an empty subvolume. Raises OSError."""
-    with _opened(path.parent) as parent:
+    with opened(path.parent) as parent:
         fcntl.ioctl(parent, _SUBVOL_CREATE, _arguments(path.name))
 
 
 def snapshot(source: Path, target: Path, *, read_only: bool) -> None:
     """Make `target` a copy of the subvolume `source` as it is at one instant. Raises OSError."""
-    with _opened(source) as origin, _opened(target.parent) as parent:
+    with opened(source) as origin, opened(target.parent) as parent:
         fcntl.ioctl(parent, _SNAP_CREATE, _arguments(target.name, origin, _READ_ONLY if read_only else 0))
 
 
 def delete(path: Path) -> None:
     """Delete a subvolume with all that is in it; none is no error. The room comes back a little later."""
     try:
-        with _opened(path.parent) as parent:
+        with opened(path.parent) as parent:
             fcntl.ioctl(parent, _SNAP_DESTROY, bytearray(_PLAIN_ARGS.pack(0, os.fsencode(path.name))))
     except FileNotFoundError:
         return
@@ -50,7 +50,7 @@ def delete(path: Path) -> None:
 
 def grow(root: Path) -> None:
     """Use all of the device, which has become larger. Raises OSError."""
-    with _opened(root) as descriptor:
+    with opened(root) as descriptor:
         fcntl.ioctl(descriptor, _RESIZE, bytearray(_PLAIN_ARGS.pack(0, b"1:max")))
 
 
@@ -68,14 +68,32 @@ def _arguments(name: str, source: int = 0, flags: int = 0) -> bytearray:
 
 def holds(folder: Path) -> bool:
     """Whether a folder lies on btrfs."""
-    with _opened(folder) as descriptor:
+    with opened(folder) as descriptor:
         return filesystem_type(descriptor) == MAGIC
 
 
 def devices(folder: Path) -> set[str]:
     """The numbers, as major:minor, of the devices of the file system of a folder. Raises OSError."""
-    with _opened(folder) as descriptor:
+    with opened(folder) as descriptor:
         return {path.read_text().strip() for path in (_facts(descriptor) / "devices").glob("*/dev")}
+
+
+def free(root: Path) -> int:
+    """Bytes of content that still fit, without what waits to be written or was deleted a moment ago. Raises OSError.
+
+    For a file system on one device.
+    """
+    with opened(root) as descriptor:
+        found, facts = os.fstatvfs(descriptor), _facts(descriptor) / "allocation"
+
+    def number(of: Path, name: str) -> int:
+        return int((of / name).read_text())
+
+    kinds = ("data", "metadata", "system")
+    unallocated = found.f_blocks * found.f_frsize - sum(number(facts / kind, "disk_total") for kind in kinds)
+    data = facts / "data"
+    taken = ("used", "reserved", "may_use", "pinned", "readonly")
+    return unallocated + number(data, "total_bytes") - sum(number(data, f"bytes_{name}") for name in taken)
 
 
 def _facts(descriptor: int) -> Path:
@@ -90,7 +108,8 @@ def _facts(descriptor: int) -> Path:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def opened(folder: Path) -> Iterator[int]:
+    """A descriptor of a folder for the length of a block. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         yield descriptor

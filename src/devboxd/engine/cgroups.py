@@ -82,10 +82,6 @@ class Cgroups(ABC):
         """What the processes of the box use; nothing is known of unknown boxes."""
 
     @abstractmethod
-    def unwritten(self) -> int:
-        """How many bytes all boxes together have written to files and the kernel not yet to a disk."""
-
-    @abstractmethod
     def entrances(self, box_id: str) -> list[Path]:
         """The files into which a process with one thread writes 0 to enter the box."""
 
@@ -305,11 +301,6 @@ class Version1(Cgroups):
         """From cpuacct, memory and pids."""
         return figures.of_version_1(*(self._box(name, box_id) for name in ("cpuacct", "memory", "pids")))
 
-    def unwritten(self) -> int:
-        """From memory.stat, which counts what lies below too."""
-        file = self.root / "memory" / self.name / "boxes" / "memory.stat"
-        return _counter(file, "total_dirty") + _counter(file, "total_writeback")
-
     def entrances(self, box_id: str) -> list[Path]:
         """`tasks`: to move a whole process the kernel waits for a grace period (20 ms), for a thread it does not."""
         return [top / "boxes" / box_id / "tasks" for top in self.tops()]
@@ -382,11 +373,6 @@ class Version2(Cgroups):
     def figures(self, box_id: str) -> Figures:
         """From its one folder."""
         return figures.of_version_2(self._box(box_id))
-
-    def unwritten(self) -> int:
-        """From memory.stat."""
-        file = self.tops()[0] / "boxes" / "memory.stat"
-        return _counter(file, "file_dirty") + _counter(file, "file_writeback")
 
     def entrances(self, box_id: str) -> list[Path]:
         """cgroup.procs: all threads of a process are in one cgroup here."""

@@ -29,6 +29,7 @@ import structlog
 from devboxd.engine import btrfs, linux, loops, manifest, volumes
 from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
+from devboxd.engine.credits import Credits
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import piped
 from devboxd.engine.volumes import Volume
@@ -40,6 +41,7 @@ _BOX, _SNAPSHOT = "dbx_", "snp_"
 _STOCK = 16
 _SOON_DELETED = 2048
 """Blocks, of 512 bytes, of a file that is deleted at once."""
+_GARBAGE = 96 << 20
 _MAKING, _GOING, _STILL, _SPARE, _EMPTY = ".new-", ".gone-", ".still-", ".spare-", ".empty-"
 
 
@@ -49,11 +51,9 @@ class Disks:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._folder = pool.folder
-        self._held = False
+        self.credits = Credits(pool)
         self._open: dict[str, Volume] = {}
         """The volumes of living boxes, as far as this process has to do with them."""
-        self._bounds: dict[str, int] = {}
-        """How many bytes each of them may hold."""
         self._devices: dict[str, str] = {}
         """Which devices there were when this server began, by the folder and name of their files."""
         self._empty: dict[int, list[Path]] = {}
@@ -78,9 +78,6 @@ class Disks:
         for path in self._folder.iterdir():
             if path.name.startswith((_MAKING, _GOING, _SPARE, _EMPTY)):
                 self._delete(path)
-            elif path.name.startswith(_BOX) and self._pool.copies:
-                with contextlib.suppress(OSError):
-                    self._pool.promise(path.name, (path / _IMAGE).stat().st_size)
 
     def _thaw_left(self, path: Path) -> None:
         """What a server died over while it was frozen stays so, and in use, until somebody says otherwise."""
@@ -90,6 +87,9 @@ class Disks:
 
     def close(self) -> None:
         """Close the pool."""
+        if self._pool.copies:
+            with contextlib.suppress(OSError):
+                self.credits.close()
         while self._open:
             self._open.popitem()[1].close()
         self._pool.close()
@@ -103,6 +103,8 @@ class Disks:
         if self._pool.copies:
             self._volume_of(box_id).thaw()
             self.limit(box_id, most_bytes)
+            if self.snapshots():  # nothing tells of which disk they are
+                self.credits.share(box_id)
 
     def create(self, box_id: str, slot: int, files: Mapping[str, str], most_bytes: int, source: str | None) -> None:
         """A new disk of this size for the box, empty or from a snapshot, with these files of the box's root.
@@ -112,7 +114,7 @@ class Disks:
         """
         making = self._making(box_id)
         if self._pool.copies:
-            self._pool.promise(box_id, most_bytes)
+            self.credits.expect(box_id, most_bytes)
             self._delete(making)
             if source is None:
                 self._take_empty(most_bytes, making)
@@ -124,6 +126,7 @@ class Disks:
                 volumes.enlarge(making / _IMAGE, most_bytes)
             self._open[box_id] = Volume(making / _IMAGE, new=True)
             if source is not None:
+                self.credits.share(box_id)
                 self._open[box_id].bound(None)  # a full one takes the server's files too
             _give(self._open[box_id].path / "upper", making, files)
         else:
@@ -224,29 +227,35 @@ class Disks:
         An overlay that cannot make its working folder stays read-only, however full the disk is, or held.
         """
         if self._pool.copies:
-            self._pool.promise(box_id, most_bytes)
+            self.credits.expect(box_id, most_bytes)
             self._volume_of(box_id).bound(None)
 
     def limit(self, box_id: str, most_bytes: int) -> None:
         """Bound what the disk holds, as far as the pool can, with room for all of it. Raises OSError."""
         if self._pool.copies:
-            self._pool.promise(box_id, most_bytes)
-            self._bounds[box_id] = most_bytes
-            self._volume_of(box_id).bound(0 if self._held else most_bytes)
+            self.credits.bound(box_id, self._volume_of(box_id), self._folder / box_id / _IMAGE, most_bytes)
 
-    def hold(self, held: bool) -> None:
-        """Let no box write to its disk any more, as far as the pool can, or let all of them again. Raises OSError."""
-        self._held = held
-        for box_id, volume in tuple(self._open.items()):
-            if held or box_id in self._bounds:
-                volume.bound(0 if held else self._bounds[box_id])
+    def garbage(self) -> list[tuple[str, int]]:
+        """Open disks on which deleted files still take much room of the pool, and the bytes that each can hold."""
+        found = []
+        for box_id, volume in tuple(self._open.items()) if self._pool.copies else ():
+            with contextlib.suppress(OSError):
+                file = os.stat(self._folder / box_id / _IMAGE)
+                if file.st_blocks * 512 - volume.used() > _GARBAGE:
+                    found.append((box_id, file.st_size))
+        return found
+
+    def trim(self, box_id: str, start: int, length: int) -> None:
+        """Give back to the pool what is free in a part of an open disk."""
+        with contextlib.suppress(OSError, KeyError):
+            self._open[box_id].trim(start, length)
 
     def leave(self, box_id: str) -> subprocess.Popen[bytes] | None:
         """Let go of the disk of a box that has ended, by a process: who does so last waits until all is written.
 
         Where there can be no process, that is this one.
         """
-        self._bounds.pop(box_id, None)
+        self.credits.forget(box_id)
         if (volume := self._open.pop(box_id, None)) is None:
             return None
         try:
@@ -287,6 +296,7 @@ class Disks:
         """Keep the disk as it is now, in a pool that copies. Raises OSError."""
         with self._at_rest(box_id):
             btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
+            self.credits.share(box_id)
 
     async def copy(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk of a box that stands still, in plain folders; it takes its time. Raises EngineError."""
@@ -338,7 +348,7 @@ class Disks:
         """Make the disk of a box, or a snapshot, out of an archive of what is in it. Raises EngineError and OSError."""
         making = self._making(name)
         self._delete(making)
-        self._pool.promise(name, size)
+        self.credits.expect(name, size)
         try:
             async with self._filling(making, name) as folder:
                 if slot is not None:
@@ -346,6 +356,7 @@ class Disks:
                 (making / _GIVEN).write_text(json.dumps(given))
                 await manifest.extract(archive, folder / "upper")
         finally:
+            self.credits.forget(name)
             self._delete(making)
 
     @contextlib.asynccontextmanager
@@ -396,8 +407,7 @@ class Disks:
 
         A subvolume goes at once and whole, so it needs no other name: a pool without room refuses to rename.
         """
-        self._pool.promise(name, 0)
-        self._bounds.pop(name, None)
+        self.credits.forget(name)
         if (volume := self._open.pop(name, None)) is not None:
             with contextlib.suppress(OSError):  # what is broken writes nothing anyway
                 volume.drop()

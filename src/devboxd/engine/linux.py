@@ -25,9 +25,10 @@ _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 _MNT_DETACH = 2
 _CLONE_NEWNS = 0x00020000
 _AT_EMPTY_PATH, _AT_FDCWD = 0x1000, -100
-_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 433, 442
+_FSPICK_EMPTY_PATH = 8
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-_SET_FLAG, _SET_STRING, _CMD_CREATE = 0, 1, 6
+_SET_FLAG, _SET_STRING, _CMD_CREATE, _CMD_RECONFIGURE = 0, 1, 6, 7
 _ATTR_NOSUID, _ATTR_NODEV, _ATTR_NOEXEC, _ATTR_NOATIME, _ATTR_IDMAP = 2, 4, 8, 16, 0x00100000
 _FILE_SYSTEMS = Path("/proc/filesystems")
 _OOM = Path("/proc/self/oom_score_adj")
@@ -98,6 +99,17 @@ def file_system(kind: str, device: str, options: Iterable[str]) -> int:
         os.close(context)
 
 
+def reconfigure(tree: int, option: str) -> None:
+    """Set an option of the file system of a mount, for all of its mounts. Raises OSError."""
+    what = f"mount anew with {option}"
+    context = _call(_FSPICK, what, tree, b"", _FSPICK_EMPTY_PATH | 1)
+    try:
+        _call(_FSCONFIG, what, context, _SET_FLAG, option.encode(), 0, 0)
+        _call(_FSCONFIG, what, context, _CMD_RECONFIGURE, 0, 0, 0)
+    finally:
+        os.close(context)
+
+
 def attach(tree: int, target: Path, user_namespace: int | None = None) -> None:
     """Put a new mount at its place, open to programs and devices, ids shifted as by `bind`."""
     cleared = _ATTR_NOSUID | _ATTR_NODEV | _ATTR_NOEXEC
@@ -114,6 +126,15 @@ def has_file_system(kind: str) -> bool:
         with suppress(OSError):
             subprocess.run(("modprobe", "--quiet", kind), stderr=subprocess.DEVNULL, check=False)
     return kind in _FILE_SYSTEMS.read_text().split()
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give each byte of a file a block on the disk, up to this size; what is written stays. Raises OSError.
+
+    Unlike `os.posix_fallocate` it never writes where the file system cannot do that.
+    """
+    length = ctypes.c_int64(size)
+    _check(_libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length), "allocate the blocks of a file")
 
 
 def write_back(descriptor: int) -> None:

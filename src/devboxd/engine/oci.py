@@ -44,6 +44,7 @@ from devboxd.engine.processes import which
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
 from devboxd.engine.turns import Turns
+from devboxd.engine.upkeep import Upkeep
 from devboxd.errors import SetupError
 from devboxd.tasks import Tasks
 
@@ -53,7 +54,7 @@ _START_S = 10.0
 """How long the runtime may take. What a box left on its disk must not hold it up for longer."""
 _PLACE_S = 2.0
 _END_S = 60
-_TEND_S = 1.0
+_FULL = "the pool of disks is full: what it has left is kept for the devboxes that there are"
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
 echo 0 >/proc/self/oom_score_adj
@@ -103,6 +104,7 @@ class OciEngine:
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
+        self._upkeep = Upkeep(self._pool, self._disks, self._reserve)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
@@ -114,8 +116,6 @@ class OciEngine:
         self._limits: dict[str, Resources] = {}
         """What was last set for each living box, as far as this server did it."""
         self._tasks = Tasks()
-        self._leaving: list[subprocess.Popen[bytes]] = []
-        """Those that write what is left of disks."""
 
     async def open(self, kept: Collection[str] = ()) -> None:
         """Make the folders, remove half-made boxes and disks that nobody wants, take back slots, fill the pool."""
@@ -131,6 +131,7 @@ class OciEngine:
             raise
 
     async def _open(self, kept: Collection[str]) -> None:
+        await finished(self._reserve.tend)
         await finished(self._disks.open)
         if self._settings.disk_bytes_per_second:
             self._cgroups.disks = await finished(self._disks_below)
@@ -153,7 +154,8 @@ class OciEngine:
         await self._network.open()
         await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
         await self._slots.open({record.slot for record in known} | resting)
-        self._tasks.start(self._tend(), "storage")
+        self._tasks.start(self._upkeep.tend(), "storage")
+        self._tasks.start(self._upkeep.trim(), "room of deleted files")
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
         self._tasks.start(Turns(self._cgroups).keep(), "turns of boxes")
 
@@ -227,7 +229,7 @@ class OciEngine:
 
     async def _leave(self, box_id: str) -> None:
         if (leaving := await finished(partial(self._disks.leave, box_id))) is not None:
-            self._leaving.append(leaving)
+            self._upkeep.leaving.append(leaving)
 
     async def _end(self, box_id: str) -> int | None:
         """Kill everything in the box and clear up; its slot."""
@@ -325,32 +327,23 @@ class OciEngine:
         return self._cgroups.cpu_seconds(box_id)
 
     def short_of(self) -> str | None:
-        """Asks the disk below the pool."""
-        return self._pool.short_of()
+        """Asks the disk below the pool, and the pool."""
+        try:
+            if self.trouble or (short := self._pool.short_of()):
+                return self.trouble or short
+            return _FULL if self._pool.copies and self._disks.credits.short() else None
+        except OSError as error:
+            return f"the storage cannot be looked at: {error}"
 
     @property
     def disks_held(self) -> bool:
-        """As it was found when the disk was last looked at."""
-        return self._reserve.short and self._pool.copies
+        """As it was found when the pool was last looked at."""
+        return self._upkeep.full
 
-    async def _tend(self) -> None:
-        """Let the pool grow before it is full, and keep the disk below it from becoming so."""
-        held: bool | None = None
-        while True:
-            try:
-                await finished(self._pool.grow)
-                await finished(lambda: self._reserve.tend(self._cgroups.unwritten()))
-                if held is not self.disks_held:
-                    await finished(partial(self._disks.hold, self.disks_held))
-                    was, held = held, self.disks_held
-                    if held:
-                        _log.error("the disk below the storage is nearly full: boxes cannot write until there is room")
-                    elif was:
-                        _log.info("there is room on the disk below the storage: boxes can write")
-            except OSError as error:
-                _log.error("storage cannot be kept up", error=str(error))
-            self._leaving = [process for process in self._leaving if process.poll() is None]
-            await asyncio.sleep(_TEND_S)
+    @property
+    def trouble(self) -> str | None:
+        """As it was found when the pool was last looked at."""
+        return self._upkeep.trouble
 
     async def boxes(self) -> dict[str, bool]:
         """All boxes with a trace, and whether their pid 1 lives."""

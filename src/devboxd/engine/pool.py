@@ -1,14 +1,17 @@
 """The pool: where the disks of boxes and their snapshots lie, in `<state>/disks`.
 
 It is btrfs, so that a disk of any size is copied in a moment and has a limit: the state folder's own if that lies on
-btrfs, else one in a sparse file, `<state>/pool.btrfs`, which grows when needed. Where neither can be had it is plain
-folders: without limits, and copied file by file.
+btrfs, else one in a file, `<state>/pool.btrfs`, which grows when needed. Each byte of the file has a block of the disk
+below before the file system on it may use it, and no block ever leaves it: what fills that disk takes nothing from the
+pool. Where neither can be had it is plain folders: without limits, and copied file by file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import mmap
 import os
 import shutil
 import subprocess
@@ -28,10 +31,13 @@ Kind = Literal["btrfs", "file", "folders"]
 _log = structlog.get_logger(__name__)
 _SHIELD = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
 _GIB = 1 << 30
-_FIRST = 16 * _GIB
+_FIRST = 4 * _GIB
 _LEAST = _GIB
-_MARGIN = 8 * _GIB
-"""Growing begins when less is free beyond what was promised; nobody writes as much between two looks."""
+_STEP = _GIB
+_UNIT = 64 << 20
+"""The file's size is a multiple of it: the kernel complains of devices that end within a block."""
+_BLOCK = 4096
+_SUPERBLOCK = 64 << 10
 
 
 class Pool:
@@ -42,7 +48,7 @@ class Pool:
         self.file = state / "pool.btrfs"
         self.kind: Kind = "folders"
         self._state = state
-        self._promised: dict[str, int] = {}
+        self._device: str | None = None
 
     @property
     def copies(self) -> bool:
@@ -58,6 +64,7 @@ class Pool:
         self.folder.chmod(0o700)
         mounted = self.mounted
         if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
+            self.fill()
             if not mounted:
                 self._mount_file()
         else:
@@ -83,52 +90,100 @@ class Pool:
 
     def short_of(self) -> str | None:
         """Why no new disk shall be made: the disk of the state, or the pool in it, is down to its reserve."""
-        for what, folder, whose in (
-            (f"the disk of {self._state}", self._state, "the server"),
-            ("the pool of disks", self.folder, "the devboxes that there are"),
-        ):
-            usage = shutil.disk_usage(folder)
-            kept = reserve(usage.total)
-            if usage.free < kept:
-                left, kept_mib = usage.free >> 20, kept >> 20
-                return f"{what} is full: it has {left} MiB left, and {kept_mib} MiB are kept for {whose}"
+        usage = shutil.disk_usage(self._state)
+        kept = reserve(usage.total) // (2 if self.kind == "file" else 1)  # a pool in a file leaves all of the reserve
+        if usage.free < kept:
+            left = f"it has {usage.free >> 20} MiB left, and {kept >> 20} MiB are kept for the server"
+            return f"the disk of {self._state} is full: {left}"
         return None
 
-    def promise(self, name: str, most_bytes: int) -> None:
-        """Have room for a disk of this size before somebody takes it all at once; 0 for one that is gone.
+    def room(self) -> int:
+        """Bytes that disks may still take, above what is kept for the file system itself; below 0 when it took of that.
 
         Raises OSError.
         """
-        if most_bytes:
-            self._promised[name] = most_bytes
-            self.grow()
-        else:
-            self._promised.pop(name, None)
-
-    def grow(self) -> bool:
-        """Make the file larger when little of the pool is free, as far as the disk below allows; whether it did.
-
-        Raises OSError.
-        """
+        usage = shutil.disk_usage(self.folder)
         if self.kind != "file":
+            return usage.free - reserve(usage.total)
+        found = btrfs.free(self.folder) - reserve(usage.total)
+        return min(found, self.below()) if self.holes else found
+
+    @property
+    def holes(self) -> int:
+        """Bytes of the file that have no block on the disk below. Raises OSError."""
+        found = self.file.stat()
+        return max(0, found.st_size - found.st_blocks * 512)
+
+    def fill(self) -> None:
+        """Give blocks to what of the file has none, where the disk below has them. Raises OSError.
+
+        An earlier version made it with room only on paper.
+        """
+        if not self.file.exists() or not (lacking := self.holes + self.file.stat().st_size % _BLOCK):
+            return
+        with self._sizing() as file:
+            if lacking > (most := self.below()):
+                _log.warning("the disk has no room for all of the storage", lacking=lacking, free=most)
+                return
+            linux.allocate(file, -(-os.fstat(file).st_size // _BLOCK) * _BLOCK)
+        _log.info("storage has all of its blocks", bytes=lacking)
+
+    def grow(self, lacking: int) -> bool:
+        """Make the file larger by so many bytes or more, as far as the disk below allows; whether it did.
+
+        Raises OSError.
+        """
+        if self.kind != "file" or lacking <= 0:
+            return False
+        step = min(max(lacking, _STEP), self.below())
+        if step < _UNIT:
             return False
         with self._sizing() as file:
-            lacking = sum(self._promised.copy().values()) - shutil.disk_usage(self.folder).free
-            if lacking + _MARGIN <= 0:
-                return False
             size = os.fstat(file).st_size
-            wanted = min(max(2 * size, size + lacking), self.most())
-            if wanted - size < _LEAST:
-                return False
-            os.truncate(file, wanted)
-        self._use_all()
+            wanted = (size + step) // _UNIT * _UNIT
+            linux.allocate(file, wanted)
+            self._use_all()
         _log.info("storage has grown", was=size, bytes=wanted)
         return True
 
     def most(self) -> int:
         """How large the file may become, in bytes: with it full, the disk below still holds the reserve."""
+        return self.file.stat().st_blocks * 512 + self.below()
+
+    def below(self) -> int:
+        """Bytes that the disk below has for a pool in a file, above what is kept for the server. Raises OSError."""
+        if self.kind == "btrfs":
+            return 0
         host = shutil.disk_usage(self._state)
-        return self.file.stat().st_blocks * 512 + host.free - reserve(host.total)
+        return host.free - reserve(host.total)
+
+    def trouble(self) -> str | None:
+        """Why nothing can be written to the pool, whatever room there is; None when all is well."""
+        try:
+            if os.statvfs(self._state).f_flag & os.ST_RDONLY:
+                return f"the disk of {self._state} is read-only"
+            found = os.statvfs(self.folder)
+            if found.f_flag & os.ST_RDONLY:
+                return "the kernel has ended all writing to the pool of disks; its log (dmesg) says why"
+            if self.kind != "file":
+                return None
+            if self.file.stat().st_size < found.f_blocks * found.f_frsize:
+                return f"the pool's file {self.file} was cut short"
+            self._read_superblock()
+        except OSError as error:
+            return f"the pool of disks cannot be read: {error}"
+        return None
+
+    def _read_superblock(self) -> None:
+        """From the disk itself, whatever the kernel has in memory. Raises OSError."""
+        with loops.attached(self.file, known=self._device) as path:
+            self._device = os.path.basename(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            try:
+                with mmap.mmap(-1, mmap.PAGESIZE) as buffer:
+                    os.preadv(descriptor, [buffer], _SUPERBLOCK)
+            finally:
+                os.close(descriptor)
 
     def grow_to(self, wanted: int) -> None:
         """Make the file so large, also beside a server that runs. Raises SetupError when that cannot be."""
@@ -144,11 +199,16 @@ class Pool:
                         f"cannot grow the storage to {wanted >> 20} MiB: the disk has room for {most >> 20} MiB, what "
                         "is kept for the server aside; free some"
                     )
-                os.truncate(file, wanted)
+                linux.allocate(file, -(-wanted // _UNIT) * _UNIT)
             if self.mounted:
                 self._use_all()
         except OSError as error:
             raise SetupError(f"cannot grow the storage {self.file}: {error}") from error
+
+    def commit(self) -> None:
+        """Have back at once what was deleted: the pool has it again with its next transaction."""
+        with contextlib.suppress(OSError), btrfs.opened(self.folder) as descriptor:
+            linux.write_back(descriptor)
 
     @property
     def mounted(self) -> bool:
@@ -168,7 +228,7 @@ class Pool:
             yield file.fileno()
 
     def _use_all(self) -> None:
-        with loops.attached(self.file) as device:
+        with loops.attached(self.file, holes=False) as device:
             loops.grow(device)
         btrfs.grow(self.folder)
 
@@ -178,8 +238,7 @@ class Pool:
 
     def _make_file(self) -> bool:
         """Make the file with an empty file system; False with a word in the log where that is not possible."""
-        usage = shutil.disk_usage(self._state)
-        size = min(_FIRST, usage.free - reserve(usage.total))
+        size = min(_FIRST, self.below()) // _UNIT * _UNIT
         mkfs = which("mkfs.btrfs")
         why = volumes.lack()
         if size < _LEAST:
@@ -188,14 +247,13 @@ class Pool:
             why = "mkfs.btrfs is missing (package btrfs-progs)"
         elif not linux.has_file_system("btrfs"):
             why = "the kernel offers no btrfs"
+        temporary = self.file.with_suffix(".new")
+        if why is None and not _allocated(temporary, size):
+            why = "the file system of the state folder cannot allocate blocks ahead (ext4, xfs and tmpfs can)"
         if why is not None or mkfs is None:
             _log.warning("storage without limits, snapshots copy file by file", reason=why)
             return False
-        temporary = self.file.with_suffix(".new")
-        with temporary.open("wb") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.truncate(size)
-        command = (mkfs, "--quiet", "--force", temporary)
+        command = (mkfs, "--quiet", "--force", "--nodiscard", temporary)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             temporary.unlink()
@@ -205,10 +263,24 @@ class Pool:
 
     def _mount_file(self) -> None:
         try:
-            with loops.attached(self.file) as path:
-                linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "discard=async")
+            with loops.attached(self.file, holes=False) as path:
+                linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "nodiscard")
         except OSError as error:
             raise SetupError(
                 f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error
+
+
+def _allocated(file: Path, size: int) -> bool:
+    """Make a file with a block for each byte; False where the file system cannot. Raises OSError."""
+    with file.open("wb") as opened:
+        os.fchmod(opened.fileno(), 0o600)
+        try:
+            linux.allocate(opened.fileno(), size)
+        except OSError as error:
+            file.unlink()
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            raise
+    return True

@@ -1,9 +1,7 @@
 """Room that the server keeps for itself on the disk of its state folder, whoever fills that disk.
 
-The pool of disks is a file there that has room only on paper: were the disk full to the last byte, the kernel would
-end all writing to the pool, for every box. So when the disk is nearly full boxes may write nothing more, and when it is
-full the server gives up a file that took room for nothing, and goes on with that: it can store what happens, and end
-boxes.
+The pool of disks does not grow into it. When others fill the disk all the same the server gives up a file that took
+room for nothing, and goes on with that: it can store what happens, and end boxes.
 """
 
 from __future__ import annotations
@@ -27,24 +25,19 @@ def reserve(total: int) -> int:
 
 
 class Reserve:
-    """The reserve on the disk of a state folder. `short`: boxes shall write nothing more."""
+    """The reserve on the disk of a state folder."""
 
     def __init__(self, state: Path) -> None:
         self.file = state / _FILE
-        self.short = False
         self._state = state
 
-    def tend(self, unwritten: int) -> None:
-        """Look at the disk. `unwritten`: bytes that boxes have written and that have not reached it yet.
-
-        Raises OSError.
-        """
+    def tend(self) -> None:
+        """Look at the disk. Raises OSError."""
         self.give_up_if_full()
         usage = shutil.disk_usage(self._state)
-        kept = reserve(usage.total)
-        if usage.free > 2 * kept and not self.file.exists():
-            self._take(_size(usage.total))
-        self.short = usage.free - unwritten < (kept if self.short else kept // 2)
+        size = _size(usage.total)
+        if usage.free - size > reserve(usage.total) // 2 and not self.file.exists():
+            self._take(size)
 
     def give_up_if_full(self) -> None:
         """Give the room of the file back to the disk when others have taken all the rest."""

@@ -28,9 +28,11 @@ _LAYOUT = (
     *("-q", "-F", "-b", str(_BLOCK), "-I", "256", "-i", "8192", "-m", "0", "-J", "size=16"),
     *("-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"),
 )
-_OPTIONS = ("discard", "noinit_itable", "no_prefetch_block_bitmaps", "errors=remount-ro")
+_OPTIONS = ("noinit_itable", "no_prefetch_block_bitmaps", "errors=remount-ro")
 _GET_FLAGS, _SET_FLAGS, _CLONE, _NO_COPY_ON_WRITE = 0x80086601, 0x40086602, 0x40049409, 0x00800000
-_FREEZE, _THAW, _SHUT_DOWN = 0xC0045877, 0xC0045878, 0x8004587D
+_FREEZE, _THAW, _TRIM, _SHUT_DOWN = 0xC0045877, 0xC0045878, 0xC0185879, 0x8004587D
+_PIECE = 128 << 10
+"""The least that is given back: smaller pieces cost more than they are worth."""
 _WITHOUT_WRITING = 2
 _SUPERBLOCK, _MAGIC = 1024, 0xEF53
 
@@ -185,6 +187,18 @@ class Volume:
         blocks = os.fstatvfs(self.descriptor).f_blocks
         kept = 0 if size is None else max(_OWN, blocks - size // _BLOCK)
         Path("/sys/fs/ext4", self.device, "reserved_clusters").write_text(str(min(kept, blocks)))
+
+    def give_back(self, at_once: bool) -> None:
+        """Whether the room of what is deleted leaves the file by itself, soon, or by `trim` alone. Raises OSError."""
+        linux.reconfigure(self._mount, "discard" if at_once else "nodiscard")
+
+    def trim(self, start: int, length: int) -> None:
+        """Give back what is free in this part of it, in bytes. Raises OSError."""
+        descriptor = os.dup(self.descriptor)
+        try:
+            fcntl.ioctl(descriptor, _TRIM, bytearray(struct.pack("=3Q", start, length, _PIECE)))
+        finally:
+            os.close(descriptor)
 
     def used(self) -> int:
         """Bytes in use."""
