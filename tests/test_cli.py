@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from devboxd import systemd
+from devboxd.config import Settings
 from devboxd.store.db import FILE_NAME, Store
 from support.commands import devboxd, every_command, refused
 from support.server import Server
@@ -42,6 +43,12 @@ def test_the_command_line_starts_without_the_server() -> None:
     )
     heavy = {"sqlalchemy", "alembic", "starlette", "granian", "rich", "structlog", "msgspec", "asyncio", "http.client"}
     assert not loaded & heavy
+
+
+def test_the_help_of_serve_names_every_setting() -> None:
+    shown = devboxd("serve", "--help").stdout
+    assert all(re.search(rf"\b{name}\b", shown) for name in Settings.__struct_fields__)
+    assert "settings.md" in shown
 
 
 def test_the_version() -> None:

@@ -19,7 +19,23 @@ if TYPE_CHECKING:
 _LOOPBACK = ("127.", "localhost", "::1")
 
 
-@click.command()
+class _WithSettings(click.Command):
+    """A command whose help ends with the names of all settings."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write them."""
+        from devboxd.config import DEFAULT_FILE, PREFIX, Settings
+
+        with formatter.section("Settings"):
+            formatter.write_text(
+                f"Keys of {DEFAULT_FILE}, and in capitals after {PREFIX} variables of the environment; what each means"
+                " and its default stand in docs/reference/settings.md:"
+            )
+            formatter.write_paragraph()
+            formatter.write_text(", ".join(Settings.__struct_fields__))
+
+
+@click.command(cls=_WithSettings)
 @click.option("--host", metavar="ADDR", help="Address to listen on; 127.0.0.1 if not given.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port to listen on; 8080 if not given.")
 @domains_option
@@ -32,7 +48,7 @@ def serve(
 
     Boxes live on when it ends, and are attached again when it starts.
 
-    Every setting may also stand in the file of settings, or in the environment as DEVBOXD_NAME.
+    Options win over the environment, that over the file of settings.
     """
     settings = load_settings(config, host=host, port=port, domains=domains or None, state=state)
     if os.geteuid() != 0:
