@@ -143,5 +143,7 @@ def test_variables_of_client_commands_and_of_others_are_let_be() -> None:
     assert load({}, environ) == Settings()
 
 
-def test_an_empty_text_is_as_good_as_none() -> None:
+def test_an_empty_text_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    monkeypatch.setattr("devboxd.config.DEFAULT_FILE", file)
+    assert load({}, {"DEVBOXD_CONFIG": ""}) == Settings()
     assert load({}, {"DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_APT_MIRROR": "", "DEVBOXD_DENY_CIDRS": ""}) == Settings()

@@ -90,11 +90,12 @@ def load(
 
 
 def _from_file(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
-    path = file or Path(environ.get(PREFIX + "CONFIG", DEFAULT_FILE))
+    named = environ.get(PREFIX + "CONFIG")
+    path = file or Path(named or DEFAULT_FILE)
     try:
         found = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
-        if file is None and PREFIX + "CONFIG" not in environ:
+        if not (file or named):
             return {}
         raise SetupError(
             f"cannot read the settings in {path}: there is no such file; name another or leave it out"

@@ -14,7 +14,7 @@ import click
 from devboxd.cli.completion import box_names, snapshot_ids
 from devboxd.cli.options import ENDED, all_pages, find_box, find_remote, remote_options
 from devboxd.cli.printing import date, printable, table
-from devboxd.errors import SetupError
+from devboxd.errors import ApiError, SetupError
 
 if TYPE_CHECKING:
     from devboxd.remote import Remote
@@ -191,7 +191,10 @@ def boxes_fork(
     try:
         view = _created(remote, {"name": name, "snapshot_id": kept["id"], "launch_parameters": launch}, wait=True)
     finally:
-        remote.call("POST", f"/v1/devboxes/disk_snapshots/{kept['id']}/delete", {})
+        try:
+            remote.call("POST", f"/v1/devboxes/disk_snapshots/{kept['id']}/delete", {})
+        except ApiError as error:
+            click.echo(f"the snapshot {kept['id']} stays: {error}", err=True)
     _print(view, as_json)
 
 

@@ -12,6 +12,9 @@ from devboxd.cli import completion
 from devboxd.cli.options import all_pages, find_box, find_remote, remote_options
 from devboxd.cli.printing import date, size, table
 
+_READING_SECONDS = 3600.0
+"""How long one snapshot may be read: its answer comes when all of it was."""
+
 
 @click.group()
 def snapshot() -> None:
@@ -48,7 +51,7 @@ def snapshot_verify(snapshot_ids: tuple[str, ...], url: str | None, key_file: Pa
     All of each is read. The digest (SHA-256 over names, owners, modes, times, attributes and contents) is compared with
     the one that was made when somebody asked first. The exit code is 1 when one differs.
     """
-    remote = find_remote(url, key_file)
+    remote = find_remote(url, key_file).patient(_READING_SECONDS)
     found = [remote.call("POST", f"/v1/devboxes/disk_snapshots/{name}/verify", {}) for name in snapshot_ids]
     if as_json:
         click.echo(json.dumps(found))
