@@ -111,9 +111,12 @@ def netns() -> Iterator[Path]:
     ("file", "few", "enough", "check"),
     [
         ("fs/file-max", 2_466_186, 9223372036854775807, "File table"),
-        ("fs/inotify/max_user_instances", 128, 8192, "File watching"),
+        ("fs/inotify/max_user_instances", 64, 128, "File watching"),
         ("fs/inotify/max_user_watches", 8192, 1048576, "File watching"),
         ("kernel/pid_max", 32768, 4194304, "Processes"),
+        ("kernel/pty/max", 4096, 65536, "Terminals"),
+        ("net/core/bpf_jit_limit", 264241152, 1 << 30, "Filters of calls"),
+        ("debug/exception-trace", 1, 0, "Kernel log"),
     ],
 )
 def test_limits_of_the_host_that_one_box_can_use_up_are_told_with_their_cure(
@@ -121,9 +124,10 @@ def test_limits_of_the_host_that_one_box_can_use_up_are_told_with_their_cure(
 ) -> None:
     monkeypatch.setattr(doctor, "_SYS", tmp_path)
     names = ("fs/file-max", "fs/inotify/max_user_instances", "fs/inotify/max_user_watches", "kernel/pid_max")
-    for name in names:
+    for name in (*names, "kernel/pty/max", "net/core/bpf_jit_limit"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{1 << 40}\n")
+    (tmp_path / "debug").mkdir()
     (tmp_path / file).write_text(f"{few}\n")
     found = by_name(Settings())[check]
     assert found.level == "warning"

@@ -65,6 +65,7 @@ def checks(settings: Settings) -> list[Check]:
     if root:
         found.append(_nftables())
     found += [_memory(), _open_files(), _file_table(), _inotify(), _processes()]
+    found += [_terminals(), *([_filters()] if root else []), _crashes()]
     found += [*_neighbours(root), _selinux(), *_names(settings), _lan(settings), _kernel(settings)]
     return found
 
@@ -216,8 +217,16 @@ def _cgroups() -> Check:
     except SetupError as error:
         cure = "mount cgroup2 at /sys/fs/cgroup and start the kernel without cgroup_disable"
         return Check(name, "error", str(error), "boxes could take all memory and processors", cure)
-    version = "version 2" if pure else "version 1" + (" beside 2" if (cgroups.ROOT / "unified").exists() else "")
-    return Check(name, "ok", f"{version} with cpu, memory and pids", "each box is held to its size")
+    if pure:
+        return Check(name, "ok", "version 2 with cpu, memory and pids", "each box is held to its size")
+    version = "version 1" + (" beside 2" if (cgroups.ROOT / "unified").exists() else "")
+    return Check(
+        name,
+        "ok",
+        f"{version} with cpu, memory and pids",
+        "each box is held to its size; version 2 is better (systemd.unified_cgroup_hierarchy=1 on the kernel's command "
+        "line): here what sockets keep comes on top of memory, and what the kernel writes later to disks has no pace",
+    )
 
 
 def _namespaces(root: bool) -> Check:
@@ -373,13 +382,13 @@ def _file_table() -> Check:
 
 def _inotify() -> Check:
     instances, watches = (_sysctl(f"fs/inotify/max_user_{kind}") for kind in ("instances", "watches"))
-    found = f"{instances} instances and {watches} watches for all boxes together"
-    if instances < 1024 or watches < 131072:
+    found = f"{instances} instances and {watches} watches for each box"
+    if instances < 128 or watches < 65536:
         return Check(
             "File watching",
             "warning",
             found,
-            "development servers and tail -f in many boxes fail with 'too many open files' or 'no space left'",
+            "development servers and tail -f in boxes fail with 'too many open files' or 'no space left'",
             _set_for_good("inotify", "fs.inotify.max_user_instances=8192", "fs.inotify.max_user_watches=1048576"),
         )
     return Check("File watching", "ok", found, "file watchers in boxes work")
@@ -392,6 +401,37 @@ def _processes() -> Check:
         cure = _set_for_good("processes", "kernel.pid_max=4194304")
         return Check("Processes", "warning", found, "a few full boxes leave no process for this host", cure)
     return Check("Processes", "ok", found, "a box that forks without end harms only itself")
+
+
+def _terminals() -> Check:
+    most = _sysctl("kernel/pty/max")
+    found = f"kernel.pty.max is {most}; a box may have 256, and 1024 are the host's own"
+    if most < 16384:
+        cure = _set_for_good("terminals", "kernel.pty.max=65536")
+        return Check("Terminals", "warning", found, "a dozen boxes together leave none for other boxes", cure)
+    return Check("Terminals", "ok", found, "a box that opens terminals without end harms only itself")
+
+
+def _filters() -> Check:
+    """A kernel that does not compile filters has no such limit; only root may read it."""
+    most = _sysctl("net/core/bpf_jit_limit") if (_SYS / "net/core/bpf_jit_limit").exists() else _GIB
+    found = f"net.core.bpf_jit_limit is {most}, for the seccomp filters of the whole machine"
+    if most < _GIB:
+        cure = _set_for_good("filters", f"net.core.bpf_jit_limit={_GIB}")
+        follows = "a large box full of programs with filters may leave none for a moment: starts are tried again"
+        return Check("Filters of calls", "warning", found, follows, cure)
+    return Check("Filters of calls", "ok", found, "boxes and their programs have room for filters")
+
+
+def _crashes() -> Check:
+    """Not every machine reports crashes."""
+    reported = (_SYS / "debug/exception-trace").exists() and _sysctl("debug/exception-trace") > 0
+    if reported:
+        cure = _set_for_good("crashes", "debug.exception-trace=0")
+        found = "debug.exception-trace is 1: programs that crash, in boxes too, are named in the kernel's log"
+        follows = "a box chooses 15 characters of those lines, newlines included"
+        return Check("Kernel log", "warning", found, follows, cure)
+    return Check("Kernel log", "ok", "crashes of programs are not in it", "boxes write to it when memory runs out only")
 
 
 def _set_for_good(topic: str, *values: str) -> str:

@@ -62,6 +62,13 @@ async def test_runtimes_that_hang_are_ended_and_hold_up_no_other_box(image: Imag
         assert _running(hangs.path) == []
 
 
+async def test_a_kernel_without_room_for_filters_is_asked_again(image: Image, runtime: str, tmp_path: Path) -> None:
+    full = Runtime(runtime, tmp_path)
+    async with Host(image, tmp_path / "state", runtime=str(full.path)) as host:
+        full.plan("full")
+        assert await (await host.box()).sh("echo whole") == "whole"
+
+
 def _running(program: Path) -> list[str]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):

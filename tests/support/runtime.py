@@ -12,6 +12,12 @@ case $plan in
     before) ;;
     never) {real} "$@"; sleep 1000 ;;
     after) {real} "$@" ;;
+    full) echo whole >{plan}
+        for word; do
+            [ "$last" != --log ] || echo "seccomp (SECCOMP_SET_MODE_FILTER): Unknown error 524" >>"$word"
+            last=$word
+        done
+        exit 1 ;;
     *) {real} "$@" & sleep "$plan"; kill -9 $! ;;
 esac
 kill -9 $$
@@ -31,6 +37,6 @@ class Runtime:
     def plan(self, moment: str | float) -> None:
         """`whole`: it does all its work; else it is killed `before` or `after` it, or so many seconds into it.
 
-        `never`: it does its work, and does not end.
+        `never`: it does its work, and does not end. `full`: once it finds no room for a filter in the kernel.
         """
         self._plan.write_text(str(moment))

@@ -39,6 +39,8 @@ _log = structlog.get_logger()
 _MEASURE_S = 1.0
 _MEASURE_SHARE = 50
 """Measuring journals takes at most this part of the time."""
+_HOARDERS_SHARE = 4
+"""The same for memory that nobody counts: who takes it takes more with each second."""
 _SWEEP_S = 3600.0
 _FREE_S = 1.5
 _SWEEP_AT_ONCE = 100
@@ -108,6 +110,7 @@ class Devboxes:
         _log.info("devboxes of an earlier server", live=lives, ended_meanwhile=gone, interruption=interruption)
         self._tasks.start(self._sweep(), "sweep")
         self._tasks.start(self._measure(), "measuring journals")
+        self._tasks.start(self._end_hoarders(), "memory that nobody counts")
         self._tasks.start(self._warm.fill(), "warm boxes")
 
     async def _missed(self, life: Life, interruption: str | None) -> None:
@@ -377,6 +380,15 @@ class Devboxes:
                     text = "a journal of its executions grew past the limit, which only a hostile first process can do"
                     await self._changes.happen(life, Event.FAILED, BoxFailure("health_check_failed", text))
             await asyncio.sleep(max(_MEASURE_S, _MEASURE_SHARE * (time.monotonic() - begun)))
+
+    async def _end_hoarders(self) -> None:
+        """End every devbox that takes what the engine cannot bound."""
+        while True:
+            begun = time.monotonic()
+            for box_id, text in (await asyncio.to_thread(self._engine.hoarders)).items():
+                if (life := self._lives.get(box_id)) is not None and life.devbox.status in LIVE:
+                    await self._changes.happen(life, Event.FAILED, BoxFailure("out_of_memory", text))
+            await asyncio.sleep(max(_MEASURE_S, _HOARDERS_SHARE * (time.monotonic() - begun)))
 
     async def _sweep(self) -> None:
         """Remove executions and journals of devboxes that ended longer ago than the retention."""

@@ -171,6 +171,9 @@ class Engine(Protocol):
     def oom_kills(self, box_id: str) -> int:
         """How many processes of the box the kernel has killed for lack of memory so far."""
 
+    def hoarders(self) -> dict[str, str]:
+        """The boxes that are to be ended, and in words why: what they take of the machine has no bound of its own."""
+
 
 class EngineError(Exception):
     """The machine refused; the text says what was tried, why it failed and what helps."""

@@ -16,8 +16,8 @@ AGENT = "/run/devboxd/init"
 CAPABILITIES = [
     f"CAP_{name}"
     for name in (
-        "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW",
-        "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+        "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP",
+        "SETUID", "SYS_CHROOT",
     )
 ]  # fmt: skip
 MASKED = (
@@ -26,6 +26,8 @@ MASKED = (
 )  # fmt: skip
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _MIB = 1 << 20
+_TERMINALS = "max=256"
+"""The kernel has 3072 (`kernel.pty.max`) for all boxes."""
 _UNLIMITED = resource.RLIM_INFINITY
 _AGENTS_OWN = 24
 """So many processes fewer than the pids cgroup allows may each user of a box have: there the kernel looks after it has
@@ -110,6 +112,13 @@ def rlimits(resources: Resources) -> list[dict[str, Any]]:
     return rows
 
 
+def limits_as_options(resources: Resources) -> list[str]:
+    """The same as options of prlimit(1)."""
+    rows = [(row["type"].removeprefix("RLIMIT_").lower(), row["soft"], row["hard"]) for row in rlimits(resources)]
+    most = _unsigned(_UNLIMITED)
+    return [f"--{name}={':'.join('unlimited' if n == most else str(n) for n in both)}" for name, *both in rows]
+
+
 def _unsigned(value: int) -> int:
     """config.json has no negative limits: unlimited is the largest number of 64 bits."""
     return value % (1 << 64)
@@ -121,7 +130,7 @@ def _mounts(spec: BoxSpec, agent: Path) -> list[dict[str, Any]]:
     rows: list[tuple[str, str, list[str]]] = [
         ("/proc", "proc", inert),
         ("/dev", "tmpfs", ["nosuid", "noexec", "strictatime", "mode=755", "size=64k"]),
-        ("/dev/pts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+        ("/dev/pts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", _TERMINALS]),
         ("/dev/shm", "tmpfs", [*inert, "mode=1777", f"size={shared}"]),  # noqa: S108
         ("/dev/mqueue", "mqueue", inert),
         ("/sys", "sysfs", [*inert, "ro"]),

@@ -31,6 +31,7 @@ ROOT = Path("/sys/fs/cgroup")
 _CONTROLLERS = ("cpu", "memory", "pids")
 _PERIOD_US = 100_000
 _PATIENCE_SECONDS = 10.0
+_LEAST_FOR_SOCKETS = 64 << 20
 
 
 class Cgroups(ABC):
@@ -271,7 +272,10 @@ class Version1(Cgroups):
         (group / "cpu.shares").write_text(str(1024 * percent // 100))
 
     def limits(self, box_id: str, resources: Resources) -> Iterator[tuple[Path, str]]:
-        """Memory before memory with swap: the latter may never be the smaller of the two."""
+        """Memory before memory with swap: the latter may never be the smaller of the two.
+
+        What TCP and UDP sockets keep is counted apart here, and has a limit of its own beside that of memory.
+        """
         cpu, memory, pids = (self._box(name, box_id) for name in _CONTROLLERS)
         yield cpu / "cpu.cfs_period_us", str(_PERIOD_US)
         yield cpu / "cpu.cfs_quota_us", str(_quota(resources))
@@ -279,6 +283,8 @@ class Version1(Cgroups):
         if (memory / "memory.memsw.limit_in_bytes").exists():
             yield memory / "memory.memsw.limit_in_bytes", str(resources.memory_bytes)
         yield memory / "memory.swappiness", "0"
+        if (memory / "memory.kmem.tcp.limit_in_bytes").exists():
+            yield memory / "memory.kmem.tcp.limit_in_bytes", str(max(_LEAST_FOR_SOCKETS, resources.memory_bytes // 16))
         yield pids / "pids.max", str(resources.pids)
 
     def paces(self, box_id: str, disk: str) -> Iterator[tuple[Path, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import subprocess
 from collections import deque
 from dataclasses import dataclass
@@ -155,10 +156,12 @@ class Slots:
 def _make_namespaces(first_uid: int) -> tuple[int, int]:
     """Descriptors of a new user namespace, ids mapped, and of the network namespace that it owns.
 
-    A helper process makes them and ends when told; its echo shows that it has become a member.
+    A helper process makes them and ends when told; its echo shows that it has become a member. It runs as the slot's
+    first id, and so owns the user namespace: whatever the kernel counts by user (inotify, message queues, signals,
+    timers, locked memory, namespaces) adds up there for all users of the box, and never at root of the host.
     """
-    command = ("unshare", "--user", "--net", "cat")
     pipe = subprocess.PIPE
+    command = _as_owner(first_uid, "unshare", "--user", "--net", "cat")
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, close_fds=False) as helper:
         assert helper.stdin is not None and helper.stdout is not None and helper.stderr is not None  # noqa: PT018
         with contextlib.suppress(BrokenPipeError):
@@ -169,6 +172,17 @@ def _make_namespaces(first_uid: int) -> tuple[int, int]:
                 "allow them with sysctl user.max_user_namespaces and user.max_net_namespaces"
             )
         return _adopt(helper.pid, first_uid)
+
+
+def _as_owner(uid: int, *command: str) -> list[str]:
+    """A command run as this uid and gid, with all that this server may have of what is counted by user.
+
+    The kernel remembers the helper's soft limits as what all users of the namespace may have together.
+    """
+    names = ("MEMLOCK", "MSGQUEUE", "NPROC", "SIGPENDING")
+    hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] for name in names}
+    limits = [f"--{name.lower()}={most if most >= 0 else 'unlimited'}" for name, most in hard.items()]
+    return ["prlimit", *limits, "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *command]
 
 
 def _adopt(pid: int, first_uid: int) -> tuple[int, int]:

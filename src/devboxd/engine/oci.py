@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -44,6 +45,7 @@ from devboxd.engine.processes import which
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
 from devboxd.engine.turns import Turns
+from devboxd.engine.uncounted import Uncounted
 from devboxd.engine.upkeep import Upkeep
 from devboxd.errors import SetupError
 from devboxd.tasks import Tasks
@@ -55,6 +57,9 @@ _START_S = 10.0
 _PLACE_S = 2.0
 _END_S = 60
 _FULL = "the pool of disks is full: what it has left is kept for the devboxes that there are"
+_NO_ROOM = "error 524"
+"""So a runtime says that the kernel has no room for another compiled filter of system calls."""
+_NO_ROOM_PAUSES_S = (0.05, 0.2, 0.5, 1.0)
 _ENTER = """
 for f in $ENTRANCES; do echo 0 >"$f" || exit 1; done
 echo 0 >/proc/self/oom_score_adj
@@ -111,6 +116,7 @@ class OciEngine:
         self._starts = Places(2 * (os.cpu_count() or 1), _PLACE_S)
         self._removals = asyncio.Semaphore(2)
         self._fetches = asyncio.Semaphore(2)
+        self._uncounted = Uncounted()
         self._still = asyncio.Lock()
         self._spares = Spares(self._disks)
         self._limits: dict[str, Resources] = {}
@@ -379,6 +385,14 @@ class OciEngine:
         """How many processes of the box the kernel has killed for lack of memory so far."""
         return self._cgroups.oom_kills(box_id)
 
+    def hoarders(self) -> dict[str, str]:
+        """Those that take memory of the kernel which no cgroup counts."""
+        return self._uncounted.hoarders(self._living)
+
+    def _living(self) -> dict[str, int]:
+        records = {box_id: self._record(box_id) for box_id in self._traces()}
+        return {box_id: record.pid for box_id, record in records.items() if record and record.lives()}
+
     def _record(self, box_id: str) -> Record | None:
         """None when the box is unknown or half made."""
         try:
@@ -421,7 +435,7 @@ class OciEngine:
             linux.private_mounts()
             rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
             self._lend_agent()
-            self._start(spec.box_id, listener)
+            self._start(spec, listener)
         self._disks.limit(spec.box_id, most)
         pid = int((folder / "pid").read_text())
         started = linux.start_time(pid)
@@ -436,6 +450,7 @@ class OciEngine:
         if not self._is_crun:
             config["linux"] |= bundle.mappings(self._instance.uid_base(slot.index))
             config["linux"]["cgroupsPath"] = f"/{self._cgroups.name}/boxes/{spec.box_id}"
+            del config["process"]["rlimits"]  # it has them before, see `_start`
         return config
 
     def _lend_agent(self) -> None:
@@ -443,9 +458,11 @@ class OciEngine:
         (self._place / "init").touch()
         linux.bind(self._agent, self._place / "init")
 
-    def _start(self, box_id: str, listener: socket.socket) -> None:
-        folder = self._boxes / box_id
+    def _start(self, spec: BoxSpec, listener: socket.socket) -> None:
+        box_id, folder = spec.box_id, self._boxes / spec.box_id
         command = [self._runtime, "--root", str(self._states), "--log", str(folder / "runtime.log")]
+        if not self._is_crun:  # runc would set limits from outside, which wants CAP_SYS_RESOURCE in the box's namespace
+            command = ["prlimit", *bundle.limits_as_options(spec.resources), *command]
         with contextlib.ExitStack() as opened:
             entrances = []
             if self._is_crun:
@@ -458,7 +475,12 @@ class OciEngine:
             command += ["run", "--detach", "--preserve-fds", "1", "--bundle", str(folder)]
             command += ["--pid-file", str(folder / "pid"), box_id]
             environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
-            status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
+            for pause in _NO_ROOM_PAUSES_S:
+                status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
+                if not status or _NO_ROOM not in _last_words(folder):
+                    break
+                time.sleep(pause)  # programs of other boxes that have filters end all the time
+                shutil.rmtree(self._states / box_id, ignore_errors=True)
         if status is None:
             raise EngineError(f"cannot start the box {box_id}: it takes longer than {_START_S:g} s; look at its disk")
         if status:
