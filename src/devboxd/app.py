@@ -19,6 +19,7 @@ import uvloop
 
 from devboxd import boot, systemd
 from devboxd.access.files import Files
+from devboxd.access.uploads import Early
 from devboxd.budget import commands_within, open_files, streams_within
 from devboxd.clock import Clock
 from devboxd.config import Settings
@@ -150,8 +151,9 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         places = Places(streams_within(available))
         requests = Requests()
         watched = (requests, places, devboxes, changes, executions, incidents, snapshots)
-        metrics = Metrics(settings.state, store, *watched)
+        metrics = Metrics(settings.state, store, *watched, lambda: ready.state is None)
         services = (
+            Early(settings.state),
             store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
         )  # fmt: skip
         application = build(

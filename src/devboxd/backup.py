@@ -136,6 +136,7 @@ async def _write_all(settings: Settings, state: Path, target: Path, tell: Tell) 
     os.sync()  # the list is never there before what it names
     _write(target / _LIST, msgspec.json.format(msgspec.json.encode(contents)))
     os.sync()
+    boot.mark_backup(state)
     tell(1.0, "done")
     return contents
 

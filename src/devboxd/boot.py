@@ -1,4 +1,4 @@
-"""What came between two servers of one state folder: nothing, a start of the machine, a restore from a backup."""
+"""What a server is told through its state folder: what came between it and the last one, and the last backup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from devboxd.engine import linux
 
 _FILE = "boot-id"
 _RESTORED = "restored"
+_BACKUP = "last-backup"
+"""An empty file, of which the time counts."""
 
 
 def interruption(state: Path) -> str | None:
@@ -26,6 +28,19 @@ def remember(state: Path) -> None:
 def mark_restored(state: Path) -> None:
     """Let the next server know that its folder comes from a backup."""
     _write(state, _RESTORED)
+
+
+def mark_backup(state: Path) -> None:
+    """Note that a backup of this folder is finished."""
+    (state / _BACKUP).touch()
+
+
+def last_backup(state: Path) -> float:
+    """When the last backup of this folder was finished, in seconds since 1970; 0 where there is none."""
+    try:
+        return (state / _BACKUP).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _write(state: Path, text: str) -> None:

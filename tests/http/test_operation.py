@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -278,3 +279,34 @@ async def by_x(x: str) -> None:
 
 async def by_y(y: str) -> None:
     return None
+
+
+async def test_a_base_url_that_ends_in_v1_is_served(web: Web) -> None:
+    client = await web.client(base_url="http://localhost/v1")
+    assert (await client.get("/v1/things/a")).json()["thing_id"] == "a"
+    assert (await client.get("/v1/v1/things/a")).status_code == 404
+
+
+async def test_a_wrong_choice_is_told_the_right_ones(web: Web) -> None:
+    client = await web.client()
+    answer = await client.post("/v1/things", json={"command": "x", "kind": "HUGE"})
+    assert answer.json()["message"] == (
+        "cannot use the field 'kind': invalid enum value 'HUGE', expected one of a, b; correct it"
+    )
+    answer = await client.get("/v1/things/a", params={"kind": "HUGE"})
+    assert "invalid enum value 'HUGE', expected one of a, b;" in answer.json()["message"]
+
+
+class Leaf(msgspec.Struct):
+    size: Literal["S", "M"] | None = None
+
+
+class Tree(msgspec.Struct):
+    leaves: list[Leaf] | None = None
+    named: dict[str, Leaf] | None = None
+
+
+@pytest.mark.parametrize("body", [b'{"leaves": [{"size": "X"}]}', b'{"named": {"a": {"size": "X"}}}'])
+def test_choices_are_found_wherever_they_are(body: bytes) -> None:
+    with pytest.raises(ApiError, match="expected one of S, M;"):
+        BodyDecoder(Tree).decode(body)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import sqlite3
+import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +19,9 @@ from support.reader import Reader
 from support.server import Server
 
 pytestmark = pytest.mark.box
+
+MONITORING = Path(__file__).parents[2] / "docs" / "how-to" / "monitoring"
+ALARMS, DASHBOARD = MONITORING / "alerts.yml", MONITORING / "dashboard.json"
 
 
 class Scrape:
@@ -42,6 +49,14 @@ class Scrape:
 def test_the_counts_follow_what_happens(own_server: Server) -> None:
     with own_server.api() as api:
         before = Scrape(api)
+        for labels in ({"status": "failure", "reason": "out_of_memory"}, {"status": "shutdown", "reason": "idle"}):
+            assert before.samples["devboxd_devboxes_ended_total", frozenset(labels.items())] >= 0
+        for status in ("complete", "error"):
+            assert before.samples["devboxd_snapshots_total", frozenset({("status", status)})] >= 0
+        assert before.samples["devboxd_devboxes", frozenset({("status", "running")})] == 0
+        assert before.samples["devboxd_http_server_errors_total", frozenset()] >= 0
+        assert before.value("devboxd_ready") == 1
+        assert before.samples["devboxd_promised_memory_bytes", frozenset()] == 0
         box = api.create()
         api.run(box, "true")
         running = api.start(box, "echo on; sleep 600")
@@ -50,15 +65,17 @@ def test_the_counts_follow_what_happens(own_server: Server) -> None:
         during = Scrape(api)
         assert during.value("devboxd_devboxes", status="running") == 1
         assert during.value("devboxd_devboxes_created_total") - before.value("devboxd_devboxes_created_total") == 1
+        assert during.value("devboxd_promised_memory_bytes") == 2 << 30
+        assert during.value("devboxd_machine_memory_bytes") > 1 << 30
         assert during.value("devboxd_executions_running") == 1
         started = during.value("devboxd_executions_started_total")
         assert started - during.value("devboxd_executions_completed_total") == 1
         assert during.value("devboxd_streams_open") == 1
         assert during.value("devboxd_streams_limit") > 1
         missing = {"operation": "devboxes.retrieve_devbox", "status": "404"}
-        assert during.value("devboxd_request_seconds_count", **missing) == 1
-        assert during.value("devboxd_request_seconds_bucket", **missing, le="+Inf") == 1
-        assert 0 < during.value("devboxd_request_seconds_sum", **missing) < 60
+        assert during.value("devboxd_http_request_duration_seconds_count", **missing) == 1
+        assert during.value("devboxd_http_request_duration_seconds_bucket", **missing, le="+Inf") == 1
+        assert 0 < during.value("devboxd_http_request_duration_seconds_sum", **missing) < 60
         assert during.value("devboxd_store_writes_total") >= during.value("devboxd_store_commits_total") > 0
         assert during.value("process_open_fds") > 10
         assert during.value("process_resident_memory_bytes") > 10 << 20
@@ -95,6 +112,34 @@ def test_snapshots_sleep_and_the_pool_are_counted(own_server: Server) -> None:
     own_server.start()
     with own_server.api() as api:
         assert Scrape(api).value("devboxd_snapshots_total", status="error") == 1
+
+
+def test_the_last_backup_is_told(own_server: Server, tmp_path: Path) -> None:
+    with own_server.api() as api:
+        assert Scrape(api).samples["devboxd_last_backup_timestamp_seconds", frozenset()] == 0
+        begun = time.time()
+        own_server.command("backup", str(tmp_path / "b"), "--state", str(own_server.state))
+        assert begun - 1 < Scrape(api).value("devboxd_last_backup_timestamp_seconds") <= time.time() + 1
+
+
+NAME = re.compile(r"\b(?:devboxd|process)_[a-z_]+\b")
+
+
+def test_alarms_and_dashboard_name_what_exists(api: Api) -> None:
+    found = {name for name, _ in Scrape(api).samples}
+    for file in (ALARMS, DASHBOARD):
+        assert len(named := set(NAME.findall(file.read_text()))) > 5
+        assert named <= found
+
+
+def test_promtool_takes_alarms_and_metrics(api: Api) -> None:
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed; `scripts/setup test` installs it with Debian's prometheus")
+    for arguments, text in ((["rules", str(ALARMS)], ""), (["metrics"], Scrape(api).text)):
+        done = subprocess.run(
+            [promtool, "check", *arguments], input=text, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_metrics_need_a_key_also_from_the_same_machine(api: Api) -> None:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from devboxd.access.files import Files, OpenFile, Written
-from devboxd.access.uploads import Upload
+from devboxd.access.uploads import Early, Upload
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.errors import ApiError
 from devboxd.executions.box import Box, Boxes
@@ -104,7 +104,7 @@ async def write_file_contents(
 
 
 async def upload_file(
-    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str
+    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, early: Early, call: Call, devbox_id: str
 ) -> Annotated[Response, 403, 429, 504, 507]:
     """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed.
 
@@ -113,8 +113,8 @@ async def upload_file(
     ```
     """
     box = await _box(devboxes, boxes, call, devbox_id)
-    upload = Upload(call.request)
-    with places.taking():
+    with places.taking(), early.file() as waiting:
+        upload = Upload(call.request, waiting)
         written = await files.receive(box, await upload.path(), upload.chunks())
     return _stored(b"{}", written)
 

@@ -2,24 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import IO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from devboxd.errors import bad_request
+from devboxd.engine.blocking import finished
+from devboxd.errors import ApiError, bad_request
 
 _MAX_FIELD = 8192
+_PIECE = 1 << 18
 _MAX_HEADERS = 16 * 1024
+EARLY_LIMIT = 1 << 30
+"""Bytes of all files together that wait on disk because they came before their path."""
+
+
+class Early:
+    """Where files wait that came before their path: unnamed files in a folder, of bounded size together."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.size = 0
+
+    @contextmanager
+    def file(self) -> Iterator[EarlyFile]:
+        """One that lasts as long as the block; it is made when bytes come."""
+        with contextlib.ExitStack() as stack:
+            early = EarlyFile(self, self._folder, stack)
+            try:
+                yield early
+            finally:
+                self.size -= early.size
+
+
+class EarlyFile:
+    """One of them."""
+
+    def __init__(self, all_of_them: Early, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.size = 0
+        self._all = all_of_them
+        self._folder = folder
+        self._stack = stack
+        self._file: IO[bytes] | None = None
+
+    async def write(self, pieces: list[bytes]) -> None:
+        """Append them. Raises ApiError 413 when there is no room."""
+        size = sum(map(len, pieces))
+        if self._all.size + size > EARLY_LIMIT:
+            raise ApiError(
+                413,
+                f"cannot keep a file that comes before its path: {EARLY_LIMIT >> 20} MiB of them wait, the most at "
+                "once; send the part `path` before the part `file`",
+                retry=False,
+            )
+        self._all.size += size
+        self.size += size
+        if self._file is None:
+            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
+        await finished(partial(self._file.writelines, pieces))
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """All that was written."""
+        if self._file is None:
+            return
+        await finished(partial(self._file.seek, 0))
+        while data := await finished(partial(self._file.read, _PIECE)):
+            yield data
 
 
 class Upload:
     """Reads `path` first, then gives the file's bytes. A file that comes before its path waits on disk."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, early: EarlyFile) -> None:
         kind, options = parse_options_header(request.headers.get("content-type"))
         if kind != b"multipart/form-data" or b"boundary" not in options:
             raise bad_request("cannot read the upload: send multipart/form-data with the parts `path` and `file`")
@@ -45,7 +106,7 @@ class Upload:
         self._file_ended = False
         self._complete = False
         self._data: list[bytes] = []
-        self._early: IO[bytes] | None = None
+        self._early = early
 
     async def path(self) -> str:
         """The field `path`. Raises 400 when it is missing or not UTF-8."""
@@ -53,8 +114,7 @@ class Upload:
             if not await self._more():
                 raise bad_request("cannot store the upload: the part `path` is missing; say where the file goes")
             if self._data and not self._path_known:
-                self._early = self._early or tempfile.TemporaryFile()  # noqa: SIM115 - closed by chunks()
-                self._early.writelines(self._taken())
+                await self._early.write(self._taken())
         try:
             return self._path.decode()
         except UnicodeDecodeError as error:
@@ -62,11 +122,8 @@ class Upload:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes of the file. Raises 400 when the part is missing or the body ends too early."""
-        if self._early is not None:
-            with self._early as early:
-                early.seek(0)
-                while data := early.read(1 << 20):
-                    yield data
+        async for data in self._early.pieces():
+            yield data
         while True:
             for data in self._taken():
                 yield data

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 import structlog
@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from devboxd.clock import Clock
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.states import LIVE, TERMINAL, Effect, Event, Move, Refusal, Status, step
+from devboxd.devboxes.states import LIVE, SHUTDOWN_REASONS, TERMINAL, Effect, Event, Move, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
@@ -31,10 +31,17 @@ _VERBS = {"shutdown_during_snapshot": "shut down", "thawed": "resume"}
 """What was asked for, where the event has another name."""
 
 
+FailureReason = Literal["execution_failed", "health_check_failed", "out_of_disk", "out_of_memory"]
+_ENDS = [
+    *((str(Status.SHUTDOWN), reason) for reason in SHUTDOWN_REASONS),
+    *((str(Status.FAILURE), reason) for reason in get_args(FailureReason)),
+]
+
+
 class BoxFailure(Exception):
     """A devbox cannot go on: the reason's name on the wire, and in words."""
 
-    def __init__(self, reason: str, text: str) -> None:
+    def __init__(self, reason: FailureReason, text: str) -> None:
         super().__init__(text)
         self.reason = reason
         self.text = text
@@ -78,7 +85,7 @@ class Changes:
         self._store = store
         self.clock = clock
         """By which devboxes live."""
-        self.ended: Counter[tuple[str, ...]] = Counter()
+        self.ended: Counter[tuple[str, ...]] = Counter(dict.fromkeys(_ENDS, 0))
         """How many devboxes ended since the server was started, by status and reason."""
         self.suspended = 0
         """How often one was put to sleep."""

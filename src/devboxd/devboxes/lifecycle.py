@@ -253,6 +253,11 @@ class Devboxes:
         """The status of each devbox that has not been freed."""
         return [life.devbox.status for life in self._lives.values()]
 
+    def promised_memory(self) -> int:
+        """Bytes of memory that all devboxes together may use that are not asleep."""
+        awake = (life.devbox for life in self._lives.values() if life.devbox.status in (*LIVE, Status.SUSPENDING))
+        return sum(resources(devbox.launch_parameters).memory_bytes for devbox in awake)
+
     async def figures(self, devbox: Devbox) -> Figures | None:
         """What the devbox uses at this moment; None unless it lives."""
         return await asyncio.to_thread(self._engine.figures, devbox.id) if devbox.status in LIVE else None

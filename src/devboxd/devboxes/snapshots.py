@@ -41,7 +41,7 @@ class Snapshots:
         self._digests: dict[str, asyncio.Task[str]] = {}
         self._one_digest = asyncio.Semaphore(1)
         self._tasks = Tasks()
-        self.finished: Counter[tuple[str, ...]] = Counter()
+        self.finished: Counter[tuple[str, ...]] = Counter({(COMPLETE,): 0, (ERROR,): 0})
         """How many were finished since the server was started, by status: complete or error."""
 
     async def open(self) -> None:

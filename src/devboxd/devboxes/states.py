@@ -169,6 +169,17 @@ TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
 """The whole table. A pair that is absent raises InvalidTransition: no part of the server may bring it about."""
 
 
+SHUTDOWN_REASONS = sorted(
+    {
+        move.shutdown_reason
+        for moves in TABLE.values()
+        for move in moves.values()
+        if isinstance(move, Move) and move.shutdown_reason
+    }
+)
+"""Why devboxes are shut down, by the names on the wire."""
+
+
 def step(status: Status, event: Event) -> Move | Refusal:
     """What `event` means for a devbox in `status`; pure. Raises InvalidTransition for a pair outside the table."""
     try:

@@ -17,7 +17,7 @@ import structlog
 
 from devboxd.access.files import Files
 from devboxd.agent.client import AgentError
-from devboxd.devboxes.changes import BoxFailure, Changes, Life
+from devboxd.devboxes.changes import BoxFailure, Changes, FailureReason, Life
 from devboxd.devboxes.idle import Idle, Signs
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.prepare import (
@@ -269,7 +269,7 @@ class Supervisor:
             _log.error("a devbox failed", id=life.devbox.id, exc_info=error)
             await self._fail(life, BoxFailure("health_check_failed", str(error)))
 
-    def _lack(self, box_id: str, error: PreparationError) -> str:
+    def _lack(self, box_id: str, error: PreparationError) -> FailureReason:
         """What a step before `running` failed for, by its name on the wire."""
         if error.killed and self._engine.oom_kills(box_id) > 0:
             return "out_of_memory"

@@ -191,7 +191,7 @@ class Parameter:
         try:
             value = msgspec.convert(text, self.kind, strict=self._text)
         except msgspec.ValidationError as error:
-            raise self._refusal(text, _lower(str(error))) from None
+            raise self._refusal(text, _lower(str(error)) + _choices(self.kind, "")) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise self._refusal(text, "expected a finite number")
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
@@ -224,7 +224,7 @@ class BodyDecoder:
         try:
             return self._decode_kindly(body)
         except msgspec.ValidationError as error:
-            raise _body_error(error) from None
+            raise _body_error(error, self.kind) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise bad_request(f"cannot read the body: {error}; send one JSON object in UTF-8") from None
         except RecursionError:
@@ -266,7 +266,7 @@ def _accepts_none(kind: Any) -> bool:
     return kind is typing.Any or type(None) in typing.get_args(kind)
 
 
-def _body_error(error: msgspec.ValidationError) -> ApiError:
+def _body_error(error: msgspec.ValidationError, kind: Any) -> ApiError:
     reason, _, where = str(error).partition(_WHERE)
     path = where.rstrip("`").removeprefix("$").removeprefix(".")
     if found := re.match(r"Object missing required field `([^`]*)`", reason):
@@ -277,7 +277,36 @@ def _body_error(error: msgspec.ValidationError) -> ApiError:
         return bad_request(f"cannot use the field {name!r}: it is not known here; leave it out")
     if not path:
         return bad_request(f"cannot read the body: {_lower(reason)}; send one JSON object")
-    return bad_request(f"cannot use the field {path!r}: {_lower(reason)}; correct it")
+    choices = _choices(kind, path) if reason.startswith("Invalid enum value") else ""
+    return bad_request(f"cannot use the field {path!r}: {_lower(reason)}{choices}; correct it")
+
+
+def _choices(kind: Any, path: str) -> str:
+    """The values that the type has at this path of names, `[...]` and `[0]`, in words; empty where it has none."""
+    names = re.findall(r"[^.\[\]]+|\[[^\]]*\]", path)
+    for name in names:
+        if name.startswith("["):
+            kinds = [part for whole in _alternatives(kind) for part in typing.get_args(whole)[-1:]]
+        else:
+            structs = filter(_is_struct, _alternatives(kind))
+            kinds = [f.type for one in structs for f in msgspec.structs.fields(one) if f.encode_name == name]
+        if not kinds:
+            return ""
+        kind = kinds[0]
+    values = [
+        str(value)
+        for part in _alternatives(kind)
+        if typing.get_origin(part) is typing.Literal
+        for value in typing.get_args(part)
+    ]
+    return f", expected one of {', '.join(values)}" if values else ""
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The type without annotations, or the types of a union."""
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return list(typing.get_args(kind)) if _is_union(kind) else [kind]
 
 
 def _lower(reason: str) -> str:

@@ -150,7 +150,7 @@ class Application:
         self, operation: Operation, values: Sequence[str], scope: Scope, receive: Receive, held: Held
     ) -> Answer | Response:
         route = operation.route
-        if scope["path"].startswith("/v1/") and (unready := self._ready()) is not None:
+        if route.path.startswith("/v1/") and (unready := self._ready()) is not None:
             raise await _sent_away(route, unready)
         if route.once:
             return await self._once(operation, values, scope, receive, held)
@@ -182,6 +182,8 @@ class Application:
     def _find(self, scope: Scope) -> tuple[Operation | Absent, list[str]]:
         """The operation, and the segments that its path names; an encoded slash belongs to its segment."""
         method, raw = scope["method"], scope["raw_path"].decode(errors="replace")
+        if raw.startswith("/v1/v1/"):  # the base URL of a client ends in /v1 already
+            raw = raw.removeprefix("/v1")
         for node, values in self._tree.find([unquote(segment) for segment in raw.split("/")], 1, []):
             if (operation := node.operations.get(method)) is not None:
                 return operation, values

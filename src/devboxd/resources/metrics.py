@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -17,17 +17,20 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 import devboxd
+from devboxd.boot import last_backup
 from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshots import Snapshots
+from devboxd.devboxes.states import TERMINAL, Status
 from devboxd.executions.running import Executions
 from devboxd.http.requests import BOUNDS_S, Requests
 from devboxd.http.streams import Places
 from devboxd.store.db import Store
 
-Counts = Mapping[tuple[str, ...], int]
+Counts = Mapping[tuple[str, ...], float]
 """Values by those of their labels."""
+_MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Metrics(Collector):
@@ -47,6 +50,7 @@ class Metrics(Collector):
         executions: Executions,
         incidents: Incidents,
         snapshots: Snapshots,
+        ready: Callable[[], bool],
     ) -> None:
         self._state = state
         self._store = store
@@ -57,6 +61,7 @@ class Metrics(Collector):
         self._executions = executions
         self._incidents = incidents
         self._snapshots = snapshots
+        self._ready = ready
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -67,17 +72,24 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family but those of the process."""
-        yield _gauge("devboxd_info", "The version that runs", {(devboxd.__version__,): 1}, "version")
+        yield _gauge("devboxd_build_info", "The version that runs", {(devboxd.__version__,): 1}, "version")
+        yield _gauge("devboxd_ready", "Whether commands can be run: 1 or 0", {(): int(self._ready())})
+        text = "When `devboxd backup` was finished last, in seconds since 1970; 0 for never"
+        yield _gauge("devboxd_last_backup_timestamp_seconds", text, {(): last_backup(self._state)})
         yield from self._of_devboxes()
         yield from self._of_executions()
         yield from self._of_http()
         yield from self._of_store()
 
     def _of_devboxes(self) -> Iterator[Metric]:
-        now: Counts = Counter((str(status),) for status in self._devboxes.living())
+        now: Counter[tuple[str, ...]] = Counter({(str(status),): 0 for status in Status if status not in TERMINAL})
+        now.update((str(status),) for status in self._devboxes.living())
         yield _gauge("devboxd_devboxes", "Devboxes that have not been freed", now, "status")
         yield _counter("devboxd_devboxes_created", "Devboxes made by this server", {(): self._devboxes.created})
         yield _gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): self._devboxes.waiting})
+        text = "Memory that devboxes may use together, as far as they are not asleep"
+        yield _gauge("devboxd_promised_memory_bytes", text, {(): self._devboxes.promised_memory()})
+        yield _gauge("devboxd_machine_memory_bytes", "Memory of the machine", {(): _MEMORY_BYTES})
         ended = self._changes.ended
         yield _counter("devboxd_devboxes_ended", "Devboxes that ended, and why", ended, "status", "reason")
         yield _counter("devboxd_suspends", "Devboxes put to sleep", {(): self._changes.suspended})
@@ -95,7 +107,7 @@ class Metrics(Collector):
 
     def _of_http(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(
-            "devboxd_request_seconds", "Time until an answer began", labels=["operation", "status"]
+            "devboxd_http_request_duration_seconds", "Time until an answer began", labels=["operation", "status"]
         )
         for (operation, status), taken in sorted(self._requests.taken.items()):
             total, buckets = 0, []
@@ -104,6 +116,8 @@ class Metrics(Collector):
                 buckets.append((bound, float(total)))
             family.add_metric([operation, str(status)], buckets, taken.seconds)
         yield family
+        failed = sum(sum(taken.buckets) for (_, status), taken in self._requests.taken.items() if status >= 500)
+        yield _counter("devboxd_http_server_errors", "Requests answered with a status from 500 on", {(): failed})
         yield _gauge("devboxd_streams_open", "Streams and file transfers that are open", {(): self._places.taken})
         yield _gauge("devboxd_streams_limit", "How many may be open", {(): self._places.limit})
 
