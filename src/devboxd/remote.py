@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import errno
 import http.client
@@ -39,6 +40,7 @@ class Remote:
         self.url = url
         self._key = key
         self._wait = _TIMEOUT_SECONDS
+        self._reached = False
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             self._host, self._port = parts.hostname or "", parts.port
@@ -80,36 +82,32 @@ class Remote:
         """
         headers = {"x-request-id": str(uuid.uuid4())} if method != "GET" else {}
         deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
-        reached = False
         while True:
             try:
                 connection, response = self._send(method, path, body, query, headers)
-                reached = True
+                self._reached = True
                 with connection:
                     return _decode(response)
             except Broken as error:
-                if (_no_server(error) and not reached) or time.monotonic() > deadline:
+                if (_no_server(error) and not self._reached) or time.monotonic() > deadline:
                     raise self._unreachable(error) from error
             except ApiError as error:
                 if error.code != 408 and (error.code != 503 or time.monotonic() > deadline):
                     raise
             time.sleep(_PAUSE_SECONDS)
 
-    def stream(self, path: str) -> Iterator[str]:
-        """The text of a stream from its begin to its end, each piece once, over any number of connections."""
-        offset, seen = 0, 0
+    def stream(self, path: str) -> Iterator[bytes]:
+        """The bytes of a stream from its begin to its end, each once, over any number of connections."""
+        offset = 0
         deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
         while True:
             try:
-                for event in self._events(path, {"offset": offset}):
+                for event in self._events(path, {"offset": offset, "encoding": "base64"}):
                     deadline = time.monotonic() + min(self._wait, _RETRY_SECONDS)
-                    text: str = event["output"]
-                    if event["offset"] == offset:
-                        fresh, seen = text[seen:], max(seen, len(text))
-                    else:
-                        fresh, offset, seen = text, event["offset"], len(text)
-                    if fresh:
-                        yield fresh
+                    piece = base64.b64decode(event.get("base64") or "")
+                    offset = event["offset"] + len(piece)
+                    if piece:
+                        yield piece
                 return
             except Broken as error:
                 if time.monotonic() > deadline:

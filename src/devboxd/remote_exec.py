@@ -1,8 +1,11 @@
-"""`devboxd boxes exec`: a command in a box with its output live, its input passed on, its exit code returned."""
+"""`devboxd boxes exec`: a command in a box with its output live, its input passed on, its exit code returned.
+
+Bytes pass unchanged in both directions.
+"""
 
 from __future__ import annotations
 
-import codecs
+import base64
 import json
 import os
 import sys
@@ -13,33 +16,47 @@ from typing import Any, TextIO
 from devboxd.errors import ApiError, SetupError
 from devboxd.remote import Remote
 
-_PIECE = 64 * 1024
+_PIECE = 256 * 1024
 _PAUSE_SECONDS = 0.2
 
 
 def execute(remote: Remote, box_id: str, command: str, as_json: bool) -> int:
-    """Run the command; its exit code. An interrupt from the keyboard kills it in the box, too."""
-    attach = not sys.stdin.isatty()
-    started = remote.call("POST", f"/v1/devboxes/{box_id}/execute_async", {"command": command, "attach_stdin": attach})
+    """Run the command; its exit code. An interrupt from the keyboard reaches it, a second one kills it.
+
+    Raises SetupError or ApiError, after the command was killed, when its input or output cannot be passed on.
+    """
+    started = remote.call("POST", f"/v1/devboxes/{box_id}/execute_async", {"command": command, "attach_stdin": True})
     path = f"/v1/devboxes/{box_id}/executions/{started['execution_id']}"
-    readers = [
-        _Reader(remote, f"{path}/stream_stdout_updates", sys.stderr if as_json else sys.stdout),
-        _Reader(remote, f"{path}/stream_stderr_updates", sys.stderr),
+    pipes: list[_Pipe] = [
+        _Output(remote, f"{path}/stream_stdout_updates", sys.stderr if as_json else sys.stdout),
+        _Output(remote, f"{path}/stream_stderr_updates", sys.stderr),
     ]
+    source = _Input(remote, path)
     try:
-        for reader in readers:
-            reader.start()
-        if attach:
-            threading.Thread(target=_forward_stdin, args=(remote, path), daemon=True).start()
-        for reader in readers:
-            reader.finish()
+        for pipe in (*pipes, source):
+            pipe.start()
+        _joined(remote, path, pipes)
         view = _completed(remote, path)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ApiError, SetupError, OSError):
         remote.call("POST", f"{path}/kill", {"kill_process_group": True})
         raise
+    if source.error is not None:
+        raise source.error
     if as_json:
         print(json.dumps(view))
     return int(view["exit_status"] or 0)
+
+
+def _joined(remote: Remote, path: str, pipes: list[_Pipe]) -> None:
+    """Wait for the end of all output; the first interrupt meanwhile goes to the command."""
+    try:
+        for pipe in pipes:
+            pipe.finish()
+    except KeyboardInterrupt:
+        if not remote.call("POST", f"{path}/send_std_in", {"signal": "INTERRUPT"})["success"]:
+            raise
+        for pipe in pipes:
+            pipe.finish()
 
 
 def _completed(remote: Remote, path: str) -> Any:
@@ -51,55 +68,64 @@ def _completed(remote: Remote, path: str) -> Any:
                 raise
 
 
-class _Reader(threading.Thread):
-    """Copies one stream to a file of ours."""
+class _Pipe(threading.Thread):
+    """Copies bytes in one direction; what goes wrong is kept for who waits for the end."""
 
-    def __init__(self, remote: Remote, path: str, target: TextIO) -> None:
+    def __init__(self, remote: Remote, path: str) -> None:
         super().__init__(daemon=True)
         self._remote = remote
         self._path = path
-        self._target = target
-        self._error: Exception | None = None
+        self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            for text in self._remote.stream(self._path):
-                self._target.buffer.write(text.encode())
-                self._target.buffer.flush()
+            self._copy()
         except Exception as error:
-            self._error = error
+            self.error = error
+
+    def _copy(self) -> None:
+        raise NotImplementedError
 
     def finish(self) -> None:
-        """Wait for the end of the stream; what went wrong is raised here."""
+        """Wait for the end; what went wrong is raised here."""
         self.join()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
 
 
-def _forward_stdin(remote: Remote, path: str) -> None:
-    """Send standard input to the command, then EOF; a thread that a finished command leaves behind is no loss."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        while piece := os.read(sys.stdin.fileno(), _PIECE):
-            if (text := decoder.decode(piece)) and not _deliver(remote, path, {"text": text}):
-                return
-        decoder.decode(b"", final=True)
-        _deliver(remote, path, {"signal": "EOF"})
-    except UnicodeDecodeError:
-        _complain("cannot pass standard input on: it is not UTF-8 text; write it to a file in the box instead")
-        _deliver(remote, path, {"signal": "EOF"})
-    except (ApiError, SetupError, OSError) as error:
-        _complain(str(error))
+class _Output(_Pipe):
+    """From a stream of the command to a file of ours."""
+
+    def __init__(self, remote: Remote, path: str, target: TextIO) -> None:
+        super().__init__(remote, path)
+        self._target = target
+
+    def _copy(self) -> None:
+        for piece in self._remote.stream(self._path):
+            self._target.buffer.write(piece)
+            self._target.buffer.flush()
 
 
-def _deliver(remote: Remote, path: str, body: dict[str, str]) -> bool:
-    """Send until it is taken; the command may be slower than we are. False when the command has ended."""
-    while not remote.call("POST", f"{path}/send_std_in", body)["success"]:
-        if remote.call("GET", path)["status"] == "completed":
-            return False
-        time.sleep(_PAUSE_SECONDS)
-    return True
+class _Input(_Pipe):
+    """From our standard input to the command, then EOF. A command that is not given all of it is killed.
 
+    A terminal is not passed on. A thread that a finished command leaves behind is no loss.
+    """
 
-def _complain(message: str) -> None:
-    print(message, file=sys.stderr)
+    def _copy(self) -> None:
+        try:
+            while not sys.stdin.isatty() and (piece := os.read(sys.stdin.fileno(), _PIECE)):
+                if not self._deliver({"base64": base64.b64encode(piece).decode()}):
+                    return
+            self._deliver({"signal": "EOF"})
+        except (ApiError, SetupError, OSError) as error:
+            self.error = error
+            self._remote.call("POST", f"{self._path}/kill", {"kill_process_group": True})
+
+    def _deliver(self, body: dict[str, str]) -> bool:
+        """Send until it is taken; the command may be slower than we are. False when the command takes no more."""
+        while not self._remote.call("POST", f"{self._path}/send_std_in", body)["success"]:
+            if self._remote.call("GET", self._path)["status"] == "completed":
+                return False
+            time.sleep(_PAUSE_SECONDS)
+        return True

@@ -136,13 +136,25 @@ def test_a_file_in_a_folder_of_others_is_written_in_place(api: Api, box: str, mo
         api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", 403, body)
 
 
-def test_a_deleted_user_is_told(api: Api) -> None:
-    box = api.create()
-    api.write(box, "f", "x")
-    api.output(box, "sudo sed -i /^user:/d /etc/passwd")
-    for path, body in (("read_file_contents", {"file_path": "f"}), ("write_file", {"file_path": "f", "contents": ""})):
-        assert "user of the devbox" in api.refused("POST", f"/v1/devboxes/{box}/{path}", 409, body)
-    api.shutdown(box)
+@pytest.mark.parametrize(
+    ("verb", "path", "words"),
+    [
+        ("read", "missing.txt", "does not exist: no such file or directory (os error 2)"),
+        ("read", "/etc/shadow", "permission denied (os error 13)"),
+        ("write", "/etc/hosts", "permission denied (os error 13)"),
+        ("read", "/usr", "is a directory (os error 21)"),
+        ("write", "/tmp", "is a directory (os error 21)"),
+        ("write", "/etc/hostname/below", "not a directory (os error 20)"),
+        ("read", "/etc/hostname/below", "not a directory (os error 20)"),
+        ("write", "/proc/new", "os error"),
+        ("write", "x" * 300, "file name too long"),
+    ],
+)
+def test_errors_carry_the_words_of_linux(api: Api, box: str, verb: str, path: str, words: str) -> None:
+    body = {"file_path": path} if verb == "read" else {"file_path": path, "contents": "x"}
+    answer = api.http.post(f"/v1/devboxes/{box}/{verb}_file_contents", json=body)
+    assert 400 <= answer.status_code < 500
+    assert words in answer.json()["message"]
 
 
 def test_text_over_100_mb_names_download_file(api: Api, box: str) -> None:

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
+from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, OpenedTarget
 from devboxd.agent.protocol import Stage
 from devboxd.engine.blocking import finished
 from devboxd.errors import ApiError, bad_request, conflict, not_found
-from devboxd.executions.box import Box
+from devboxd.executions.box import Box, as_user
 from devboxd.http.streams import wait
 
 BLOCK = 1 << 20
@@ -120,7 +120,7 @@ class Files:
         """Open a regular file. Raises ApiError: 400 for a wrong path or type, 403, 404."""
         _check(path)
         try:
-            opened = await box.agent.read(box.user, path)
+            opened = await as_user(box, box.user, path, box.agent.read)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "read", path) from error
         return OpenFile(opened.fd, opened.pipe, path, box, self._pieces)
@@ -158,7 +158,11 @@ class Files:
     async def _poured(self, box: Box, path: str, pour: Callable[[_Sink], Awaitable[None]], who: str) -> Written:
         try:
             agent = box.agent  # it removes the temporary file when this connection ends
-            target = await agent.write(who, path, _MODE)
+
+            async def write(user: str, path: str) -> tuple[OpenedTarget, str]:
+                return await agent.write(user, path, _MODE), user
+
+            target, who = await as_user(box, who, path, write)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "write", path) from error
         sink = _Sink(target.fd, target.pipe)
@@ -263,17 +267,20 @@ def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
         return conflict(
             f"cannot {verb} {shown}: the user of the devbox cannot be used ({error}); put it back into its /etc/passwd"
         )
+    words = f"{os.strerror(error.errno or 0).lower()} (os error {error.errno})"
     match error.errno:
         case errno.ENOTDIR if verb == "write":
-            return bad_request(f"cannot write {shown}: a part of the path is a file, not a folder; name another path")
+            return bad_request(f"cannot write {shown}: {words}: a part of the path is a file; name another path")
         case errno.ENOENT | errno.ENOTDIR:
-            return not_found(f"cannot {verb} {shown}: there is no such file in the devbox; check the path")
+            return not_found(f"cannot {verb} {shown}: the file does not exist: {words}; check the path")
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return ApiError(403, f"cannot {verb} {shown}: the devbox's user may not; choose a path that it owns")
+            return ApiError(
+                403, f"cannot {verb} {shown}: {words}: the devbox's user may not; choose a path that it owns"
+            )
         case errno.EISDIR:
-            return bad_request(f"cannot {verb} {shown}: it is a directory; name a file")
+            return bad_request(f"cannot {verb} {shown}: it is a directory: {words}; name a file")
         case errno.ENOSPC | errno.EDQUOT:
-            return ApiError(507, f"cannot {verb} {shown}: the disk is full; delete something", retry=False)
+            return ApiError(507, f"cannot {verb} {shown}: {words}: the disk is full; delete something", retry=False)
         case errno.ETIMEDOUT:
             why = f"it kept us waiting for {SILENCE_S:g} s; look in the devbox at what holds it up"
             return ApiError(504, f"cannot {verb} {shown}: {why}", retry=False)

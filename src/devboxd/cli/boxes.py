@@ -198,7 +198,21 @@ def boxes_fork(
     _print(view, as_json)
 
 
-@boxes.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+class _Exec(click.Command):
+    """Takes its options also between BOX and `--`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else 0
+        with_value = {o for p in self.params if isinstance(p, click.Option) and not p.is_flag for o in p.opts}
+        box = 0
+        while box < end and args[box].startswith("-"):
+            box += 2 if args[box] in with_value else 1
+        if box + 1 < end and args[box + 1].startswith("-"):
+            args = [*args[:box], *args[box + 1 : end], args[box], *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+@boxes.command("exec", cls=_Exec, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @remote_options
 @_box
 @click.argument("words", nargs=-1, required=True, metavar="-- CMD...", type=click.UNPROCESSED)
@@ -206,8 +220,9 @@ def boxes_exec(box: str, words: tuple[str, ...], url: str | None, key_file: Path
     """Run a command in a box.
 
     Its output is shown as it comes, and its exit code is this command's. One word is taken as a line for the box's
-    bash, several as a command and its arguments. Standard input is passed on when it is a file or pipe.
-    With --json the outcome is printed at the end.
+    bash, several as a command and its arguments. Standard input is passed on when it is a file or pipe; bytes pass
+    unchanged in both directions. Ctrl-C interrupts the command, a second one kills it. When input or output cannot be
+    passed on, the command is killed and the exit code is 2. With --json the outcome is printed at the end.
 
     \b
     devboxd boxes exec BOX -- ls -l /

@@ -59,6 +59,12 @@ def user_of(devbox: Devbox) -> str:
     return user.username if user else DEFAULT_USER[0]
 
 
+def uid_of(devbox: Devbox) -> int:
+    """The id of that user."""
+    user = devbox.launch_parameters.user_parameters
+    return user.uid if user else DEFAULT_USER[1]
+
+
 def nothing_to_prepare(devbox: Devbox) -> bool:
     """Whether `prepare` has no step to do."""
     first_time = not devbox.prepared and bool(devbox.file_mounts or _own_user(devbox))

@@ -26,6 +26,7 @@ from devboxd.devboxes.prepare import (
     nothing_to_prepare,
     prepare,
     suspend_hooks,
+    uid_of,
     user_of,
 )
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
@@ -348,7 +349,8 @@ class Supervisor:
 
     def box(self, devbox: Devbox) -> Box:
         """The devbox as a place where commands run."""
-        return Box(devbox.id, user_of(devbox), {**self._means.environment, **devbox.environment}, self._clock)
+        environment = {**self._means.environment, **devbox.environment}
+        return Box(devbox.id, user_of(devbox), environment, self._clock, uid_of(devbox))
 
     async def _steps(self, life: Life, box: Box, image: str | None) -> None:
         if life.devbox.status == Status.PROVISIONING:

@@ -14,6 +14,12 @@ from devboxd.ids import check_id
 GIB = 1 << 30
 MAX_NAME = 1024
 MAX_MAP = 1024
+MAX_PATH = 4096
+ENVIRONMENT_ENTRY = 128 << 10
+"""Bytes of one environment variable, `NAME=value` and a NUL, that Linux takes at most."""
+ENVIRONMENT_BYTES = 1536 << 10
+"""Bytes of all. Linux takes 2 MiB with the arguments; the rest is for those and the image's own."""
+_POINTER = 8
 DEFAULT_LIFE_S = 3600
 MAX_LIFE_S = 172_800
 MAX_IDLE_S = 172_800
@@ -366,12 +372,29 @@ def _check_environment(environment: dict[str, str]) -> None:
                 f"cannot set the environment variable {name[:64]!r}: a name must not be empty or contain '=' or NUL, "
                 "and a value must not contain NUL"
             )
+        if (size := _bytes_of(name, value)) > ENVIRONMENT_ENTRY:
+            raise bad_request(
+                f"cannot set the environment variable {name[:64]!r} of {size} bytes: Linux takes none of "
+                f"more than {ENVIRONMENT_ENTRY} bytes, name and value together; write it into a file, by file_mounts"
+            )
+    if (size := sum(_bytes_of(*entry) + _POINTER for entry in environment.items())) > ENVIRONMENT_BYTES:
+        raise bad_request(
+            f"cannot set environment_variables of {size} bytes: at most {ENVIRONMENT_BYTES} together, of which Linux "
+            "leaves room for the arguments of commands; write some into a file, by file_mounts"
+        )
+
+
+def _bytes_of(name: str, value: str) -> int:
+    """What an entry takes when a program is executed: `NAME=value` and a NUL."""
+    return len(f"{name}={value}".encode("utf-8", "surrogatepass")) + 1
 
 
 def _check_file_mounts(mounts: dict[str, str]) -> None:
     for path in mounts:
         if not path or "\0" in path:
             raise bad_request(f"cannot write the file mount {path[:64]!r}: a path must not be empty or contain NUL")
+        if len(path.encode("utf-8", "surrogatepass")) > MAX_PATH:
+            raise bad_request(f"cannot write the file mount {path[:64]!r}...: a path has at most {MAX_PATH} bytes")
 
 
 def _check_user(user: UserParameters | None) -> None:

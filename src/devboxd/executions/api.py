@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Annotated
 
 import msgspec
@@ -26,7 +27,7 @@ from devboxd.executions.views import (
     SendStdInResult,
 )
 from devboxd.http.operation import Call
-from devboxd.http.parameters import LastLines, Offset
+from devboxd.http.parameters import Encoding, LastLines, Offset
 from devboxd.http.streams import HELD_S, Places, events
 
 _STATUSES = frozenset({QUEUED, RUNNING, COMPLETED})
@@ -182,16 +183,19 @@ async def send_std_in(
 ) -> SendStdInResult:
     """Give a running execution text, the end of its stdin (EOF) or an interrupt (SIGINT to its group).
 
+    Bytes that are no text go as `base64`, an extension of this server.
+
     ```python
     client.devboxes.executions.send_std_in(run.execution_id, devbox_id=box.id, text="yes\\n")
     ```
     """
-    if (body.signal is None) == (not body.text):
+    if sum(map(bool, (body.signal, body.text, body.base64))) != 1:
         raise bad_request(
-            "cannot send to stdin: give exactly one of `text` (not empty) and `signal` (EOF or INTERRUPT)"
+            "cannot send to stdin: give exactly one of `text` and `base64` (not empty) and `signal` (EOF or INTERRUPT)"
         )
+    content = _bytes(body.base64) if body.base64 else body.text
     row = await _find(devboxes, looking, call, devbox_id, execution_id)
-    success = await executions.stdin.send(row, body.text, body.signal, call.once)
+    success = await executions.stdin.send(row, content, body.signal, call.once)
     return SendStdInResult(devbox_id, row.handle, success)
 
 
@@ -203,6 +207,7 @@ async def stream_stdout_updates(
     devbox_id: str,
     execution_id: str,
     offset: Offset = None,
+    encoding: Encoding = None,
 ) -> Annotated[Response, "text/event-stream", Chunk, 429]:
     """Events with the standard output from byte `offset` on, until the execution has completed.
 
@@ -211,7 +216,7 @@ async def stream_stdout_updates(
         print(chunk.output, end="")
     ```
     """
-    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stdout", offset)
+    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stdout", offset, encoding)
 
 
 async def stream_stderr_updates(
@@ -222,6 +227,7 @@ async def stream_stderr_updates(
     devbox_id: str,
     execution_id: str,
     offset: Offset = None,
+    encoding: Encoding = None,
 ) -> Annotated[Response, "text/event-stream", Chunk, 429]:
     """Events with the standard error from byte `offset` on, until the execution has completed.
 
@@ -230,7 +236,7 @@ async def stream_stderr_updates(
         print(chunk.output, end="")
     ```
     """
-    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stderr", offset)
+    return await _stream(devboxes, looking, places, call, devbox_id, execution_id, "stderr", offset, encoding)
 
 
 async def _stream(
@@ -242,12 +248,15 @@ async def _stream(
     execution_id: str,
     stream: Stream,
     offset: str | None,
+    encoding: str | None,
 ) -> Response:
     start = offset or "0"
     if not (start.isascii() and start.isdigit() and len(start) <= 18):
         raise bad_request(f"cannot use {start[:64]!r} as offset: the position of a byte, from 0")
+    if encoding not in (None, "", "text", "base64"):
+        raise bad_request(f"cannot send output as {encoding[:64]!r}: encoding is text or base64")
     row = await _find(devboxes, looking, call, devbox_id, execution_id)
-    return events(looking.stream(row, stream, int(start)), places)
+    return events(looking.stream(row, stream, int(start), encoding == "base64"), places)
 
 
 async def _find(devboxes: Devboxes, looking: Looking, call: Call, devbox_id: str, execution_id: str) -> Execution:
@@ -261,6 +270,13 @@ async def _usable(devboxes: Devboxes, call: Call, devbox_id: str) -> None:
         await devboxes.usable(call.account, devbox_id)
     else:
         await devboxes.get(call.account, devbox_id)
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # of other characters than ASCII, too
+        raise bad_request("cannot send to stdin: `base64` is not valid base64 (RFC 4648, with its padding)") from None
 
 
 def _no_stdin(attach: bool | None) -> None:

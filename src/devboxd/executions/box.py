@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from devboxd.agent.client import AgentClient, AgentError
-from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage, encode_record
+from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage
 from devboxd.clock import Clock
 from devboxd.errors import ApiError
 from devboxd.executions.journals import Spool
@@ -67,6 +67,7 @@ class Box:
     user: str
     environment: Mapping[str, str]
     clock: Clock = field(default_factory=Clock)
+    uid: int = 1000
     gone: str | None = None
     """Why nothing runs here any more, once that is so."""
     known: frozenset[str] = frozenset()
@@ -199,9 +200,13 @@ class Box:
         """The named shell, a new one if there is none yet."""
         return self.shells.setdefault(name, Shell(name))
 
-    def record(self, argv: list[str], script: bytes = b"", user: str | None = None) -> bytes:
-        """A spawn record for a user, the box's own if none is named, in its home."""
-        return encode_record(argv, self.environment, "", user or self.user, script)
+    def ids_of(self, user: str) -> str:
+        """The ids of root or the box's own user, as the create made it, for the agent."""
+        return "0:0" if user == "root" else f"{self.uid}:{self.uid}"
+
+    def home_of(self, user: str) -> str:
+        """The home of root or the box's own user, as the create made it."""
+        return "/root" if user == "root" else f"/home/{user}"
 
 
 class Boxes:
@@ -267,6 +272,25 @@ async def patient(ask: Callable[[], Awaitable[_T]]) -> _T:
                 raise
         await asyncio.sleep(_AGAIN_S)  # the agent does not tell when it has
     return await ask()
+
+
+async def as_user(box: Box, user: str, path: str, ask: Callable[[str, str], Awaitable[_T]]) -> _T:
+    """Ask the agent for a file as a user, and by the ids of the create where /etc/passwd does not know that user.
+
+    While that is so, root does what the user may not: so the file can be put back. Raises AgentError.
+    """
+    try:
+        return await ask(user, path)
+    except AgentError as error:
+        if error.stage is not Stage.USER or error.errno != errno.ENOENT:
+            raise
+    place = path if path.startswith("/") else f"{box.home_of(user)}/{path.removeprefix('~').removeprefix('/')}"
+    try:
+        return await ask(box.ids_of(user), place)
+    except AgentError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise
+    return await ask("0:0", place)
 
 
 def unreachable(box_id: str) -> ApiError:

@@ -120,8 +120,13 @@ class Looking:
             stack.callback(reader.close)
             return tail(reader, length, lines)
 
-    async def stream(self, row: Execution, stream: Stream, offset: int) -> AsyncGenerator[tuple[Chunk, ...], None]:
-        """The output from byte `offset` on, as it comes, until the execution has completed (empty: a heartbeat)."""
+    async def stream(
+        self, row: Execution, stream: Stream, offset: int, as_bytes: bool = False
+    ) -> AsyncGenerator[tuple[Chunk, ...], None]:
+        """The output from byte `offset` on, as it comes, until the execution has completed (empty: a heartbeat).
+
+        `as_bytes`: as base64 of what was written, instead of text.
+        """
         running = self._boxes.running(row)
         if running is None:
             row = await self.by_id(row.id)
@@ -149,6 +154,7 @@ class Looking:
                 event.clear()
                 return grown
 
-            async with aclosing(follow(reader, offset, ended_at, more, lambda: self._closing.begun)) as parts:
+            source = follow(reader, offset, ended_at, more, lambda: self._closing.begun, as_bytes)
+            async with aclosing(source) as parts:
                 async for chunks in parts:
                     yield chunks

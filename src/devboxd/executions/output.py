@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
@@ -36,8 +37,8 @@ def tail(reader: Reader, length: int, lines: int | None) -> tuple[str, bool]:
         start = before
     cut = 0
     if start > 0:
-        newline = data.find(b"\n", 0, len(data) - 1)  # the one at the very end begins no line
-        cut = newline + 1 or _boundary(data)
+        newline = data.find(b"\n", 0, min(len(data) - 1, BLOCK))  # the one at the very end begins no line
+        cut = newline + 1 or _boundary(data)  # of a line that is longer the end is shown, too
     if lines is not None:
         cut = max(cut, _last_lines(data, lines))
     return data[cut:].decode("utf-8", "replace"), start > 0 or cut > 0
@@ -77,6 +78,7 @@ async def follow(
     ended_at: Callable[[], int | None],
     more: Callable[[], Awaitable[bool]],
     stopping: Callable[[], bool],
+    as_bytes: bool = False,
 ) -> AsyncGenerator[tuple[Chunk, ...], None]:
     """Chunks from byte `offset` until the execution has completed and everything was sent.
 
@@ -93,9 +95,13 @@ async def follow(
         if stopping() and (end is None or position < end):
             raise EndedEarlyError("cannot go on with this stream: the server stops; open it again")
         data = reader.read(position, BLOCK if end is None else min(BLOCK, end - position))
-        text, used = whole_characters(data, final=end is not None and position + len(data) >= end)
+        if as_bytes:
+            chunk, used = Chunk("", position, base64.b64encode(data).decode()), len(data)
+        else:
+            text, used = whole_characters(data, final=end is not None and position + len(data) >= end)
+            chunk = Chunk(text, position)
         if used:
-            yield Chunk(text, position), Chunk("", position + used)
+            yield chunk, Chunk("", position + used)
             position += used
         elif end is not None:
             return

@@ -20,7 +20,7 @@ from devboxd.agent.client import AgentClosedError, AgentError
 from devboxd.engine.blocking import finished
 from devboxd.errors import ApiError
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, patient
+from devboxd.executions.box import Box, as_user, patient
 from devboxd.executions.shells import shell_key
 from devboxd.store.db import Store
 
@@ -88,7 +88,7 @@ def _number(record: bytes) -> int:
 async def _read(box: Box, path: str) -> bytes:
     """A small file of the box's memory, empty when there is none."""
     try:
-        opened = await patient(partial(box.agent.read, box.user, path))
+        opened = await patient(partial(as_user, box, box.user, path, box.agent.read))
     except AgentError:
         return b""
     try:

@@ -29,7 +29,8 @@ from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
-from devboxd.executions.shells import READ_SCRIPT, SHELLS_MAX, Shell, shell_key, shell_record
+from devboxd.executions.shells import READ_DRIVER, READ_SCRIPT, SHELLS_MAX, Shell, shell_key, shell_script
+from devboxd.executions.starting import begin
 from devboxd.executions.stdin import Stdin
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
 from devboxd.executions.views import view_of
@@ -338,10 +339,12 @@ class Executions:
                 await self._run_in_shell(box, agent, box.shell(row.shell_name), row, (out, err, stdin))
                 return
             text = row.command.encode()
-            user = "root" if row.purpose == SETUP else None
-            record = box.record(["bash", "-lc", READ_SCRIPT], text, user)
             cap = self._journals.rations.promise(box.id, row.id)
-            await patient(partial(agent.spawn, row.id, record, out, err, stdin, cap))
+
+            async def spawn(record: bytes) -> None:
+                await agent.spawn(row.id, record, out, err, stdin, cap)
+
+            await begin(box, READ_SCRIPT, text, spawn, root=row.purpose == SETUP)
 
     async def _cannot_start(self, box: Box, running: Running, error: AgentError | OSError) -> None:
         missing = isinstance(error, AgentError) and error.errno == errno.ENOENT
@@ -458,7 +461,8 @@ class Executions:
         with contextlib.suppress(AgentError):
             await agent.ack(shell.key)  # the end of an earlier bash, if there is one, would hold the key
         try:
-            await agent.shell(shell.key, box.record(*shell_record(shell.key, self.records.find(box.id, shell.key))))
+            script = shell_script(shell.key, self.records.find(box.id, shell.key))
+            await begin(box, READ_DRIVER, script, partial(agent.shell, shell.key), root=False)
         except AgentError as error:
             if error.stage is not Stage.DUPLICATE:
                 raise

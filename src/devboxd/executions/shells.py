@@ -111,6 +111,7 @@ _DRIVER = r"""
       __devboxd_i=/dev/null;
       if [[ -p $__devboxd_f/0 ]]; then __devboxd_i=$__devboxd_f/0; fi;
       \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2";
+      if [[ ${__devboxd_w-} ]]; then \builtin printf '%s\n' "$__devboxd_w" >&2; \builtin unset __devboxd_w; fi;
       \builtin printf 'S %s\n' "$__devboxd_k" >&21;
     fi;
     [[ ! $__devboxd_k ]];
@@ -164,18 +165,19 @@ READ_SCRIPT = (
 )
 """Runs the script at descriptor 9: one of any size, which no list of processes shows, neither here nor on the host."""
 
-_READ_DRIVER = (
+READ_DRIVER = (
     r"\unset -f builtin command; \builtin shopt -u expand_aliases; "
     r'\builtin mapfile -d "" -u 9 __devboxd_r; \builtin exec 9<&-; \builtin eval "${__devboxd_r[0]}"'
 )
+"""Runs the driver at descriptor 9, behind which a record may stand."""
 
 
-def shell_record(key: str, kept: bytes = b"") -> tuple[list[str], bytes]:
-    """The arguments and the script with which a shell's bash starts.
+def shell_script(key: str, kept: bytes = b"") -> bytes:
+    """The script with which a shell's bash starts, read by READ_DRIVER.
 
     It begins with the last record of its state, or with the one that was `kept` from before its box was suspended.
     """
-    return ["bash", "-lc", _READ_DRIVER], DRIVER.replace("KEY", key).encode() + b"\0" + kept
+    return DRIVER.replace("KEY", key).encode() + b"\0" + kept
 
 
 class Shell:

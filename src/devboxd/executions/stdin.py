@@ -39,8 +39,8 @@ class Stdin:
         self._boxes = boxes
         self._journals = journals
 
-    async def send(self, row: Execution, text: str | None, signal: str | None, once: Once) -> bool:
-        """Give a command text, the end of its stdin (EOF) or an interrupt; whether it was taken.
+    async def send(self, row: Execution, content: str | bytes | None, signal: str | None, once: Once) -> bool:
+        """Give a command text or bytes, the end of its stdin (EOF) or an interrupt; whether it was taken.
 
         True is said only after the text and its length are kept for good: the agent delivers it whatever dies.
         Raises 503 while the devbox's agent is being connected.
@@ -54,7 +54,7 @@ class Stdin:
         async with running.stdin:
             if signal == "INTERRUPT":
                 return await self._interrupt(box, running, once)
-            return await self._feed(box, running, text or "", signal == "EOF", once)
+            return await self._feed(box, running, content or b"", signal == "EOF", once)
 
     async def tell(self, agent: AgentClient, running: Running) -> None:
         """Tell the agent how much stdin there is; a reader that is gone or not there yet needs nothing."""
@@ -84,12 +84,12 @@ class Stdin:
         await self._store.write(lambda c: once.bind(c, running.row.id), synced=False)
         return True
 
-    async def _feed(self, box: Box, running: Running, text: str, eof: bool, once: Once) -> bool:
+    async def _feed(self, box: Box, running: Running, content: str | bytes, eof: bool, once: Once) -> bool:
         row = running.row
         if row.status == COMPLETED or row.stdin_eof:
             return eof and row.stdin_eof and row.status != COMPLETED
-        length = row.stdin_length + sum(map(len, _pieces(text)))
-        if not await self._has_room(box, running, length) or not await self._keep(running, text):
+        length = row.stdin_length + sum(map(len, _pieces(content)))
+        if not await self._has_room(box, running, length) or not await self._keep(running, content):
             return False
 
         def commit(connection: Connection) -> None:
@@ -113,13 +113,13 @@ class Stdin:
                 raise unreachable(box.id) from error
         return length - running.position <= STDIN_AHEAD and running.row.status != COMPLETED
 
-    async def _keep(self, running: Running, text: str) -> bool:
+    async def _keep(self, running: Running, content: str | bytes) -> bool:
         row = running.row
         try:
             if running.spool is None:
                 running.spool = Spool(self._journals.path(row.devbox_id, row.id, "stdin"))
             running.spool.free(running.position)
-            await finished(partial(_write, running.spool, row.stdin_length, text))
+            await finished(partial(_write, running.spool, row.stdin_length, content))
         except OSError as full:
             _log.error("cannot keep stdin", execution=row.id, error=os.strerror(full.errno or 0))
             return False
@@ -130,13 +130,14 @@ class Stdin:
         running.position = max(running.position, min(position, running.row.stdin_length))
 
 
-def _write(spool: Spool, offset: int, text: str) -> None:
-    for piece in _pieces(text):
+def _write(spool: Spool, offset: int, content: str | bytes) -> None:
+    for piece in _pieces(content):
         spool.write(offset, piece)
         offset += len(piece)
 
 
-def _pieces(text: str) -> Iterator[bytes]:
-    """The text in UTF-8, never all of it at once."""
-    for start in range(0, len(text), _PIECE):
-        yield text[start : start + _PIECE].encode()
+def _pieces(content: str | bytes) -> Iterator[bytes]:
+    """The bytes, or the text in UTF-8, never all of it at once."""
+    for start in range(0, len(content), _PIECE):
+        piece = content[start : start + _PIECE]
+        yield piece.encode() if isinstance(piece, str) else piece

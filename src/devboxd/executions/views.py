@@ -72,10 +72,12 @@ class Kill(msgspec.Struct, frozen=True):
 
 
 class SendStdIn(msgspec.Struct, frozen=True):
-    """Exactly one of a text that is not empty or a signal."""
+    """Exactly one of a text that is not empty, bytes that are not empty, or a signal."""
 
     text: str | None = None
     r"""Text, at most 8 MiB. Example: `"yes\n"`"""
+    base64: str | None = None
+    """Any bytes, in base64; an extension of this server. At most 8 MiB of them. Example: `"AP8K"`"""
     signal: Literal["EOF", "INTERRUPT"] | None = None
     """EOF ends its stdin; INTERRUPT is what Ctrl-C sends. Example: `"EOF"`"""
 
@@ -129,13 +131,17 @@ class ExecutionDetailView(msgspec.Struct, frozen=True):
     """The named shell in which it ran; null for one of its own. Example: `null`"""
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     """A piece of output; `offset` is the byte position of its first byte in the stream."""
 
     output: str
     r"""Text; bytes that are no UTF-8 are replaced. Example: `"ok\n"`"""
     offset: int
     """Where its first byte stands in the stream, from 0. Example: `0`"""
+    base64: str | None = None
+    """With `encoding=base64`, an extension of this server: the bytes themselves, and `output` is empty. Example:
+    `"b2sK"`
+    """
 
 
 def view_of(row: Execution, out: str, err: str, out_cut: bool, err_cut: bool) -> ExecutionView:

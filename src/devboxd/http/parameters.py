@@ -26,6 +26,13 @@ Offset = Annotated[
     str | None,
     Meta(description="The byte of the stream to begin with, from 0; null: from its beginning.", examples=["0"]),
 ]
+Encoding = Annotated[
+    str | None,
+    Meta(
+        description="How output is sent: `text`, or `base64` for the bytes themselves, an extension of this server.",
+        examples=["base64"],
+    ),
+]
 
 PATH = {
     "devbox_id": ("The devbox.", "dbx_0BwT25a4ESR05DXUEbW3kZ"),

@@ -1,0 +1,69 @@
+"""A box that has lost its home, its /etc/passwd or its bash still runs commands, and can be mended."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.api import Api
+
+pytestmark = pytest.mark.box
+
+SHELLS = pytest.mark.parametrize("shell", [{}, {"shell_name": "s"}])
+
+
+@SHELLS
+@pytest.mark.parametrize("harm", ["sudo mv /home/user /home/moved", "sudo rm -rf /home/user", "chmod 000 /home/user"])
+def test_without_its_home_commands_begin_in_the_root_folder(api: Api, harm: str, shell: dict[str, str]) -> None:
+    box = api.create()
+    api.run(box, f"cd /; {harm}")
+    view = api.run(box, "pwd; whoami; echo $HOME; (exit 4)", **shell)
+    assert (view["exit_status"], view["stdout"]) == (4, "/\nuser\n/home/user\n")
+    assert "devboxd: cannot enter the home directory: " in view["stderr"]
+    assert view["stderr"].count("devboxd:") == 1
+    mended = "sudo mv /home/moved /home/user 2>/dev/null || sudo mkdir -p /home/user; sudo chmod 755 /home/user"
+    assert api.run(box, mended)["exit_status"] == 0
+    assert api.run(box, "pwd")["stdout"] == "/home/user\n"
+    api.shutdown(box)
+
+
+@SHELLS
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "rm /etc/passwd",
+        "truncate -s 0 /etc/passwd",
+        "sed -i /^user:/d /etc/passwd",
+        "sh -c 'rm /etc/passwd; mkfifo /etc/passwd'",
+        "sh -c 'rm /etc/passwd; mkdir /etc/passwd'",
+    ],
+)
+def test_without_its_passwd_the_ids_of_the_create_are_used(api: Api, harm: str, shell: dict[str, str]) -> None:
+    box = api.create()
+    kept = api.read(box, "/etc/passwd")
+    api.run(box, f"sudo {harm}")
+    view = api.run(box, "pwd; id -u; echo $HOME $USER", **shell)
+    assert (view["exit_status"], view["stdout"]) == (0, "/home/user\n1000\n/home/user user\n"), view
+    assert "cannot find the user user in /etc/passwd" in view["stderr"]
+    api.write(box, "~/note", "a file call")
+    assert api.read(box, "/home/user/note") == "a file call"
+    api.upload(box, "note2", b"another")
+    if "mk" not in harm:
+        api.write(box, "/etc/passwd", kept)
+        assert api.run(box, "whoami; stat -c %U note")["stdout"] == "user\nuser\n"
+        api.refused(
+            "POST", f"/v1/devboxes/{box}/write_file_contents", 403, {"file_path": "/etc/passwd", "contents": ""}
+        )
+    api.shutdown(box)
+
+
+@pytest.mark.parametrize("harm", ["mv /bin/bash /bin/moved", "chmod 000 /bin/bash", "ln -sf bash /bin/bash"])
+def test_without_bash_commands_run_by_sh(api: Api, harm: str) -> None:
+    box = api.create()
+    api.run(box, f"sudo {harm}")
+    view = api.run(box, "echo here; echo ${BASH_VERSION:-sh}; (exit 5)")
+    assert (view["exit_status"], view["stdout"]) == (5, "here\nsh\n"), view
+    assert view["stderr"].startswith("devboxd: cannot execute bash: ")
+    view = api.run(box, "echo here", shell_name="s")
+    assert view["exit_status"] in (126, 127)
+    assert "cannot execute the program" in view["stderr"]
+    api.shutdown(box)
