@@ -5,6 +5,7 @@ Whatever is wrong, a command says so in one sentence, never in a traceback, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -12,10 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from devboxd.store.db import FILE_NAME, Store
 from support.commands import NO_KEY, devboxd, every_command, refused
 from support.server import Server
 
@@ -164,6 +167,29 @@ def test_output_to_a_full_disk(command: tuple[str, ...]) -> None:
             [sys.executable, "-m", "devboxd.cli", *command], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert (done.returncode, done.stderr) == (2, b"cannot go on: No space left on device\n")
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A disk in memory that is full, with a store on it; its folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], check=True)
+    try:
+        Store.open(tmp_path / "typo" / FILE_NAME).close()
+        with contextlib.suppress(OSError), open(tmp_path / "fill", "wb", buffering=0) as fill:
+            while True:
+                fill.write(bytes(4096))
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@NEED_ROOT
+@pytest.mark.parametrize("command", [one for one in HERE if one not in HARMLESS], ids=" ".join)
+def test_on_a_full_disk(command: tuple[str, ...], full: Path) -> None:
+    before = sorted(path.name for path in full.iterdir())
+    done = devboxd(*as_typed(command, full), env={"DEVBOXD_CACHE": str(full / "cache")})
+    checked(done)
+    assert {path.name for path in full.iterdir()} - {*before, "cache"} == set(), "nothing is left half made"
 
 
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- 2>&-"])
