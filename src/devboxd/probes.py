@@ -23,7 +23,7 @@ from devboxd.engine.instance import IDS_PER_BOX, Instance
 from devboxd.engine.processes import which
 from devboxd.engine.wall import ruleset
 
-_SECONDS = 10
+_SECONDS = 30
 _SAMPLE = 200
 _FIRST_ID = 1 << 29
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS, _FS_APPEND_FL = 0x80086601, 0x40086602, 0x20

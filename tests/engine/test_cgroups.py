@@ -18,8 +18,12 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="cgroups need root")
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A version 2 hierarchy as a kernel shows it, in plain files: the folders of instance `t` and of box `b`."""
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A version 2 hierarchy as a kernel shows it, in plain files: the folders of instance `t` and of box `b`.
+
+    The server is at its root, wherever the tests run.
+    """
+    monkeypatch.setattr(cgroups, "own_cgroup", lambda hierarchy, controller: tmp_path)
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory hugetlb pids rdma misc\n")
     for name in ("", "devboxd-t", "devboxd-t/server", "devboxd-t/boxes", "devboxd-t/boxes/b"):
         folder = tmp_path / name
@@ -31,6 +35,17 @@ def tree(tmp_path: Path) -> Path:
             (folder / "memory.swap.max").write_text("max\n")
             (folder / "memory.events").write_text("low 0\nhigh 0\nmax 31\noom 3\noom_kill 2\noom_group_kill 0\n")
     return tmp_path
+
+
+def test_a_box_may_pass_to_its_cgroup_whatever_the_umask(tree: Path) -> None:
+    """Version 2 lets the runtime mount the box's cgroup only where every folder above it is open to all."""
+    folders = [tree / name for name in ("devboxd-t", "devboxd-t/server", "devboxd-t/boxes", "devboxd-t/boxes/b")]
+    for folder in folders:
+        folder.chmod(0o700)
+    groups = cgroups.find("t", tree)
+    groups.open()
+    groups.create("b", SIZE)
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o755] * 4
 
 
 def test_version_2_writes_its_limits(tree: Path) -> None:
@@ -172,6 +187,19 @@ def test_version_1_writes_its_limits(real: cgroups.Cgroups) -> None:
     assert real.oom_kills("b") == 0
     for folder in {top / "boxes/b" for top in real.tops()}:
         folder.rmdir()
+
+
+@needs_root
+@pytest.mark.parametrize("real", [2], indirect=True)
+def test_a_kernel_takes_the_limits_of_version_2(real: cgroups.Cgroups) -> None:
+    if "memory" not in (real.root / "cgroup.controllers").read_text():
+        pytest.skip("this machine binds no controllers to version 2; `make vm` runs this on one that does")
+    real.create("b", SIZE)
+    box = real.tops()[0] / "boxes" / "b"
+    wanted = {"cpu.max": "150000 100000", "memory.max": str(3 << 30), "memory.swap.max": "0", "pids.max": "100"}
+    assert {name: (box / name).read_text().strip() for name in wanted} == wanted
+    assert (real.tops()[0] / "server/cpu.weight").read_text() == "1000\n"
+    box.rmdir()
 
 
 @needs_root

@@ -94,7 +94,8 @@ class Cgroups(ABC):
         """Make the parents, and bring the server into its own group. Raises SetupError."""
         try:
             for top in self.tops():
-                (top / "boxes").mkdir(parents=True, exist_ok=True)
+                _group(top)
+                _group(top / "boxes")
             self._in_unit = self._shelter_server()
             self.enable()
             if self._in_unit:
@@ -126,7 +127,7 @@ class Cgroups(ABC):
     def create(self, box_id: str, resources: Resources) -> None:
         """Make the box's cgroups with their limits."""
         for top in self.tops():
-            (top / "boxes" / box_id).mkdir(exist_ok=True)
+            _group(top / "boxes" / box_id)
         self.limit(box_id, resources)
         for disk in self.disks if self._pace else ():
             for file, text in self.paces(box_id, disk):
@@ -241,7 +242,7 @@ class Cgroups(ABC):
         home = own_cgroup(top.parent, "cpu")
         if home.name.endswith(".service"):
             return True
-        (top / "server").mkdir(exist_ok=True)
+        _group(top / "server")
         (top / "server" / "cgroup.procs").write_text(str(os.getpid()))
         self._home = home
         return False
@@ -415,6 +416,12 @@ def find(instance: str, root: Path = ROOT, pace: int = 0) -> Cgroups:
             "blkio (version 1) or enable io (version 2)"
         )
     return version
+
+
+def _group(folder: Path) -> None:
+    """Make a cgroup, whatever the umask: the runtime mounts that of a box as a user whom only the mode lets through."""
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o755)
 
 
 def own_cgroup(hierarchy: Path, controller: str) -> Path:
