@@ -78,7 +78,6 @@ def test_the_version() -> None:
         (("boxes", "list"), ["DEVBOXD_KEY"]),
         (("boxes", "list", "--key-file", "/nonexistent"), ["/nonexistent"]),
         (("boxes", "exec", "dbx_1"), ["CMD"]),
-        (("boxes", "exec", "dbx_1", "--json", "--", "seq 3"), ["--json", "before"]),
         (("boxes", "shutdown"), ["--all"]),
         (("boxes", "shutdown", "--all", "dbx_1"), ["--all"]),
     ],

@@ -230,8 +230,6 @@ def boxes_exec(box: str, words: tuple[str, ...], url: str | None, key_file: Path
     """
     from devboxd.remote_exec import execute
 
-    if words[0].startswith("-") and "--" in words[1:]:
-        raise click.UsageError(f"{words[0][:40]} stands after BOX; options come before it, and the command after --")
     words = words[1:] if words[0] == "--" else words
     if not words:
         raise click.UsageError("a command is missing")
