@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from support.api import Api
-from support.raw import Raw, exchange, request
+from support.raw import Raw, exchange, request, shut_streams
 from support.server import Server
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(600)]
@@ -183,6 +183,21 @@ def _others_are_served(api: Api, box: str, slow: Raw) -> None:
     for number in range(100):
         assert slow.socket.recv(1024)
         assert api.output(box, f"echo {number}") == f"{number}\n"
+
+
+def test_streams_without_a_key_that_take_nothing_hold_nobody_up(busy: Server) -> None:
+    """12,000 of them ask for the largest page: others wait for the work of a moment, not of minutes."""
+    asked = shut_streams("/docs", 60)
+    with busy.api() as api:
+        box = api.create()
+        with within(busy, 128 * MIB):
+            clients = [Raw(busy, asked) for _ in range(200)]
+            assert api.http.get("/healthz", timeout=30).status_code == 200
+            assert api.output(box, "echo fine") == "fine\n"
+        for client in clients:
+            client.vanish()
+        assert api.http.get("/healthz", timeout=30).status_code == 200
+        api.shutdown(box)
 
 
 # those that vanish

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
 import pytest
-from hpack import Encoder
 from structlog.testing import capture_logs
 
 from devboxd.http import bounds, document
 from devboxd.http.listening import HttpServer, listen
 from devboxd.resources import accounts
+from support.raw import shut_streams
 from support.server import free_port
 from support.web import Web
 
 pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -51,15 +49,9 @@ class Scene:
     async def shut_streams(self, path: str, number: int) -> Connection:
         """One HTTP/2 connection without a key that asks on many streams and takes no byte of an answer."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        names = [(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
-        asked = b"".join(_frame(1, 5, 2 * at + 1, Encoder().encode(names)) for at in range(number))
-        writer.write(PREFACE + _frame(4, 0, 0, struct.pack(">HI", 4, 0)) + asked)
+        writer.write(shut_streams(path, number))
         await writer.drain()
         return reader, writer
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import socket
 import struct
 from typing import Any
 
+from hpack import Encoder
+
 from support.server import Server
 
 
@@ -23,6 +25,17 @@ def request(server: Server, method: str, path: str, body: Any = None, **headers:
     }
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def shut_streams(path: str, number: int) -> bytes:
+    """The begin of a HTTP/2 connection without a key that asks on many streams and takes no byte of an answer."""
+    names = [(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
+    asked = b"".join(_frame(1, 5, 2 * at + 1, Encoder().encode(names)) for at in range(number))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, struct.pack(">HI", 4, 0)) + asked
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
 
 
 class Raw:

@@ -33,11 +33,14 @@ class Bounds:
         """Bytes that all keys hold."""
 
     def admit(self, key: str) -> Held:
-        """Count one more request of this key; it counts until what is returned is left. Raises ApiError 429."""
+        """Count one more request of this key; it counts until what is returned is left. Raises ApiError 429.
+
+        Requests without a key, "", have bounds of their own, so that /healthz is always answered.
+        """
         share = self._shares.get(key)
         if share is None:
             share = self._shares[key] = _Share()
-        if share.requests >= REQUESTS_PER_KEY:
+        if key and share.requests >= REQUESTS_PER_KEY:
             raise _too_many(f"{REQUESTS_PER_KEY} requests of this key are in flight, the most at once")
         share.requests += 1
         return Held(self, key, share)

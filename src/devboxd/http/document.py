@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,10 +22,22 @@ RETRY_S = 1
 
 
 class Readers:
-    """Counts who is being sent documents."""
+    """Counts who waits for documents or is being sent them."""
 
     def __init__(self) -> None:
         self.count = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place while the block lasts. Raises ApiError 503 when none is free."""
+        if self.count >= READERS:
+            text = f"cannot send this now: {READERS} clients are reading; ask again soon"
+            raise ApiError(503, text, retry=True, retry_after=RETRY_S)
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
 
 
 class Document:
@@ -45,19 +58,13 @@ class Document:
         """The document as these headers ask for it: 304 for one that is known. Raises ApiError 503."""
         if self._made is None:
             self._made = asyncio.ensure_future(asyncio.to_thread(self._make))
-        content, packed, digest = await asyncio.shield(self._made)
+        with self._readers.place():  # the next one is taken by the sending, with nothing awaited between
+            content, packed, digest = await asyncio.shield(self._made)
         compressed = b"gzip" in asked.get(b"accept-encoding", b"")
         tag = f'"{digest}{"-gzip" if compressed else ""}"'
         headers = {**self._headers, "etag": tag, "vary": "accept-encoding", "cache-control": "no-cache"}
         if tag.encode() in asked.get(b"if-none-match", b""):
             return Response(status_code=304, headers=headers)
-        if self._readers.count >= READERS:
-            raise ApiError(
-                503,
-                f"cannot send this now: {READERS} clients are reading; ask again soon",
-                retry=True,
-                retry_after=RETRY_S,
-            )
         if compressed:
             return _Sent(packed, self._kind, self._readers, {**headers, "content-encoding": "gzip"})
         return _Sent(content, self._kind, self._readers, headers)
@@ -70,10 +77,7 @@ class _Sent(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it. Raises TimeoutError when the client does not take it in time."""
-        self._readers.count += 1
-        try:
+        with self._readers.place():
             async with asyncio.timeout(PATIENCE_S):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await send_pieces(bytes(self.body), send)
-        finally:
-            self._readers.count -= 1
