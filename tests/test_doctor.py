@@ -15,6 +15,7 @@ import pytest
 
 from devboxd import doctor, probes
 from devboxd.config import Settings
+from devboxd.engine import lxcfs
 from devboxd.engine.netns import inside
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="really tries what only root may do")
@@ -49,6 +50,14 @@ def test_it_says_what_is_not_promised() -> None:
     assert "shared with all boxes" in found["Kernel"].found
     assert by_name(Settings(deny_cidrs=("10.0.0.0/8",)))["Network"].level == "ok"
     assert by_name(Settings(nested_user_namespaces=True))["Kernel"].level == "warning"
+
+
+def test_it_says_what_boxes_are_not_told_without_lxcfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lxcfs, "which", lambda name: None)
+    check = by_name(Settings())["Figures in boxes"]
+    assert (check.level, "free, top" in check.consequence, "lxcfs" in check.cure) == ("warning", True, True)
+    monkeypatch.setattr(lxcfs, "lack", lambda: None)
+    assert by_name(Settings())["Figures in boxes"].level == "ok"
 
 
 def test_each_lack_has_its_consequence_and_its_cure(tmp_path: Path) -> None:

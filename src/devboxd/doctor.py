@@ -20,7 +20,7 @@ from devboxd import probes
 from devboxd.budget import commands_within
 from devboxd.config import Settings
 from devboxd.devboxes.views import SIZES
-from devboxd.engine import cgroups, linux, network, recipe, volumes, wall
+from devboxd.engine import cgroups, linux, lxcfs, network, recipe, volumes, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
 from devboxd.engine.processes import which
@@ -66,7 +66,7 @@ def checks(settings: Settings) -> list[Check]:
         found.append(_nftables())
     found += [_memory(), _open_files(), _file_table(), _inotify(), _processes()]
     found += [_terminals(), *([_filters()] if root else []), _crashes()]
-    found += [*_neighbours(root), _selinux(), *_names(settings), _lan(settings), _kernel(settings)]
+    found += [*_neighbours(root), _figures(), _selinux(), *_names(settings), _lan(settings), _kernel(settings)]
     return found
 
 
@@ -474,6 +474,20 @@ def _neighbours(root: bool) -> Iterator[Check]:
         yield Check(name, "ok", found, "it forwards what boxes send" if root else "it may stop what boxes send")
     else:
         yield Check(name, "ok", "no other one found", "this host forwards what boxes send, as serve switches on")
+
+
+def _figures() -> Check:
+    """What commands in boxes are told of memory and processors."""
+    if (lack := lxcfs.lack()) is None:
+        return Check("Figures in boxes", "ok", "lxcfs is installed", "free, top and uptime in a box show the box's own")
+    return Check(
+        "Figures in boxes",
+        "warning",
+        lack,
+        "free, top, uptime, /proc/meminfo and /proc/cpuinfo in a box show the machine's figures; the limits of the box "
+        "hold all the same, and nproc and runtimes that read cgroups (JVM, .NET, Go, Rust, node) know them",
+        "modprobe fuse" if "FUSE" in lack else "apt-get install lxcfs, and start the server again",
+    )
 
 
 def _selinux() -> Check:

@@ -36,7 +36,7 @@ class Box:
         self.engine = engine
         self.id = box_id
         self.folder = owner.directory / "boxes" / box_id
-        self._state = owner.state
+        self.state = owner.state
         self._ends: dict[str, asyncio.Future[ExitEvent]] = {}
         self._client: AgentClient | None = None
 
@@ -46,7 +46,7 @@ class Box:
 
     def upper(self) -> AbstractContextManager[Path]:
         """What its disk holds over the image, for the length of a block."""
-        return upper(self._state, self.id)
+        return upper(self.state, self.id)
 
     async def run(self, *command: str, user: str = "root", env: dict[str, str] | None = None) -> Result:
         """Run a program to its end."""
@@ -133,9 +133,9 @@ class Host:
         return self.boxes[-1]
 
     def leftovers(self) -> list[str]:
-        """Everything on the machine that carries this instance's name or lies in its state folder."""
-        mark = f"devboxd-{self.instance.id}/boxes/"
-        found = [str(path) for path in groups(f"{self.instance.id}/boxes/*/")]
+        """Everything on the machine that carries this instance's name or lies in its state folder, but for lxcfs."""
+        mark = f"devboxd-{self.instance.id}/boxes/dbx_"
+        found = [str(path) for path in groups(f"{self.instance.id}/boxes/[!.]*/")]
         found += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "dbx_" in line]
         for name in os.listdir("/proc"):
             if name.isdigit() and linux.start_time(int(name)) is not None:  # the dead wait for the host's init

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -51,6 +52,11 @@ def remove_all(state: Path) -> None:
     subnet = json.loads((claim / "claim").read_text())["subnet"]
     for words in (f"route delete {subnet} dev lo", f"rule delete to {subnet}"):
         subprocess.run(["ip", *words.split()], check=True)
+    for members in groups(f"{claim.name}/boxes/.lxcfs/cgroup.procs"):
+        for pid in members.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["umount", "--lazy", "--quiet", claim / "lxcfs"], check=False)
     for group in sorted(groups(f"{claim.name}/**/"), reverse=True):
         while group.exists():  # the kernel lets go of the dead a moment later
             with contextlib.suppress(OSError):

@@ -164,9 +164,9 @@ class Devboxes:
         """Commit a new devbox and begin to make it. Raises 400 that names the field that cannot be."""
         if once.ref is not None:
             return await self.get(account, once.ref)
-        launch, _ = check_create(body)
+        launch, size = check_create(body)
         source = body.snapshot_id or None
-        disk = resources(launch).disk_bytes
+        disk = size.disk_bytes
         image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source, disk))
         if (short := self._engine.short_of()) is not None:
             raise ApiError(
@@ -174,7 +174,7 @@ class Devboxes:
             )
         now = self._changes.clock.now_ms()
         position = new_id("dbx")
-        warm_id = None if source is not None else self._warm.take()
+        warm_id = None if source is not None else self._warm.take(size)
         devbox = Devbox(
             id=warm_id or position,
             account_id=account,

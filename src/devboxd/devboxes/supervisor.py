@@ -33,6 +33,7 @@ from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import idle_policy, resources
 from devboxd.engine.base import FULL, BoxEnd, BoxSpec, Engine, EngineError, Image
+from devboxd.engine.machine import threads
 from devboxd.errors import comes_later
 from devboxd.executions.box import Box
 from devboxd.executions.looking import Looking
@@ -349,7 +350,8 @@ class Supervisor:
 
     def box(self, devbox: Devbox) -> Box:
         """The devbox as a place where commands run."""
-        environment = {**self._means.environment, **devbox.environment}
+        counted = threads(resources(devbox.launch_parameters).cpu_cores)
+        environment = {**self._means.environment, **counted, **devbox.environment}
         return Box(devbox.id, user_of(devbox), environment, self._clock, uid_of(devbox))
 
     async def _steps(self, life: Life, box: Box, image: str | None) -> None:

@@ -1,22 +1,24 @@
 """Warm boxes: made from the default image ahead of the devbox that will use them, so that a create need not wait.
 
-A warm box is an empty one: it has an id, and nothing else of a devbox yet. The devbox that takes it gets its id, its
-own limits, and everything else as any devbox does after its box has started. One that nobody took goes with its server.
+A warm box is an empty one: it has an id and a size, and nothing else of a devbox yet. A devbox of that size takes its
+id, and gets everything else as any devbox does after its box has started. What a size fixes at the start (the file
+system of the disk, /dev/shm, resource limits) cannot all be changed later, so no devbox takes a box of another size.
+A box that no devbox took goes with its server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
 from devboxd.devboxes.prepare import DEFAULT_USER
 from devboxd.devboxes.supervisor import hostname
 from devboxd.devboxes.views import LaunchParameters, resources
-from devboxd.engine.base import BoxSpec, Engine, EngineError, Image
+from devboxd.engine.base import BoxSpec, Engine, EngineError, Image, Resources
 from devboxd.executions.rehearsal import rehearse
 from devboxd.http.streams import wait
 from devboxd.ids import new_id
@@ -25,6 +27,22 @@ _log = structlog.get_logger()
 _AGAIN_S = 10.0
 _REST_S = 0.05
 """How long nobody has taken a box before another one is made: who creates devboxes has the processors for that."""
+
+
+_ASKED = 16
+"""So many creates decide together which sizes the next boxes get."""
+
+
+def sizes(asked: Sequence[Resources], number: int) -> list[Resources]:
+    """The sizes of `number` boxes that wait, in the order of their making, by the sizes asked for so far, oldest first.
+
+    Each size has the share of the boxes that it has of `asked` (D'Hondt); of equal claims the latest counts.
+    """
+    latest = {size: position for position, size in enumerate(asked)}
+    claims = [
+        (count / share, latest[size], size) for size, count in Counter(asked).items() for share in range(1, number + 1)
+    ]
+    return [size for _, _, size in sorted(claims, key=lambda claim: claim[:2], reverse=True)[:number]]
 
 
 class Warm:
@@ -37,7 +55,8 @@ class Warm:
         self._image = image
         self._environment = environment
         self._size = size
-        self._ready: deque[str] = deque()
+        self._ready: dict[str, Resources] = {}
+        self._asked = deque([resources(LaunchParameters())], maxlen=_ASKED)
         self._wanted = asyncio.Event()
         self._taken_at = -_REST_S
 
@@ -46,21 +65,45 @@ class Warm:
         """How many wait."""
         return len(self._ready)
 
-    def take(self) -> str | None:
-        """The id of a box that waits, None when there is none. From now on it belongs to the caller."""
+    def take(self, size: Resources) -> str | None:
+        """The id of a box of this size that waits, None when there is none. From now on it belongs to the caller."""
+        self._asked.append(size)
         self._wanted.set()
         self._taken_at = time.monotonic()
-        return self._ready.popleft() if self._ready else None
+        found = next((box_id for box_id, ready in self._ready.items() if ready == size), None)
+        if found is not None:
+            del self._ready[found]
+        return found
 
     async def fill(self) -> None:
         """Keep the number up, without end."""
         while True:
             self._wanted.clear()
-            while len(self._ready) < self._size and self._engine.short_of() is None:
+            while self._missing() is not None and self._engine.short_of() is None:
                 await self._rest()
-                if not await self._make():
+                if (size := self._missing()) is None:
+                    break
+                await self._make_room()
+                if not await self._make(size):
                     await asyncio.sleep(_AGAIN_S)
             await self._wanted.wait()
+
+    def _missing(self) -> Resources | None:
+        """The size of the next box to make, None when all are there."""
+        left = Counter(self._ready.values())
+        for size in sizes(self._asked, self._size):
+            if not left[size]:
+                return size
+            left[size] -= 1
+        return None
+
+    async def _make_room(self) -> None:
+        """End boxes of sizes that are not asked for any more, where another one has no place else."""
+        while len(self._ready) >= self._size:
+            over = Counter(self._ready.values()) - Counter(sizes(self._asked, self._size))
+            box_id = next(box_id for box_id, size in self._ready.items() if over[size])
+            del self._ready[box_id]
+            await self._end(box_id)
 
     async def _rest(self) -> None:
         """Return when nobody has taken a box for a while, or none waits any more."""
@@ -72,15 +115,15 @@ class Warm:
         """End those that wait."""
         self._size = 0
         while self._ready:
-            await self._end(self._ready.popleft())
+            await self._end(self._ready.popitem()[0])
 
-    async def _make(self) -> bool:
+    async def _make(self, size: Resources) -> bool:
         image = self._image()
         if image is None:
             return False
         box_id = new_id("dbx")
         try:
-            await self._engine.create(BoxSpec(box_id, hostname(box_id), image, resources(LaunchParameters())))
+            await self._engine.create(BoxSpec(box_id, hostname(box_id), image, size))
             await rehearse(self._engine.agent_socket(box_id), DEFAULT_USER[0], self._environment)
         except EngineError as error:
             _log.warning("cannot make a box ahead", error=str(error))
@@ -88,7 +131,7 @@ class Warm:
         except BaseException:
             await self._end(box_id)
             raise
-        self._ready.append(box_id)
+        self._ready[box_id] = size
         return True
 
     async def _end(self, box_id: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ CAPABILITIES = [
     )
 ]  # fmt: skip
 MASKED = (
-    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/scsi",
-    "/proc/sched_debug", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap", "/sys/firmware",
+    "/proc/acpi", "/proc/asound", "/proc/cmdline", "/proc/diskstats", "/proc/driver", "/proc/fs", "/proc/interrupts",
+    "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/locks", "/proc/mdstat", "/proc/partitions",
+    "/proc/pressure", "/proc/sched_debug", "/proc/scsi", "/proc/swaps", "/proc/timer_list", "/proc/timer_stats",
 )  # fmt: skip
-READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+READ_ONLY = ("/proc/bus", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _MIB = 1 << 20
 _TERMINALS = "max=256"
 """The kernel has 3072 (`kernel.pty.max`) for all boxes."""
@@ -61,18 +62,23 @@ class Seccomp:
 
 
 def config(
-    spec: BoxSpec, root: Path, agent: Path, namespaces: Sequence[dict[str, str]], calls: Seccomp
+    spec: BoxSpec,
+    place: Path,
+    system: Mapping[str, Path],
+    namespaces: Sequence[dict[str, str]],
+    calls: Seccomp,
 ) -> dict[str, Any]:
-    """The whole config.json but for what only one runtime wants. `root` and `agent` are paths at the start.
+    """The whole config.json but for what only one runtime wants.
 
+    `place` is where the box's mounts are at the start, `system` what is bound into it besides, by its place there.
     Without HOME the runtime looks into the box's own /etc/passwd, whatever that is.
     """
     return {
         "ociVersion": "1.0.2",
         "hostname": spec.hostname,
-        "root": {"path": str(root)},
+        "root": {"path": str(place / "root")},
         "annotations": calls.annotations,
-        "mounts": _mounts(spec, agent),
+        "mounts": _mounts(spec, place, system),
         "process": {
             "terminal": False,
             "user": {"uid": 0, "gid": 0, "umask": 0o022},
@@ -124,7 +130,7 @@ def _unsigned(value: int) -> int:
     return value % (1 << 64)
 
 
-def _mounts(spec: BoxSpec, agent: Path) -> list[dict[str, Any]]:
+def _mounts(spec: BoxSpec, place: Path, system: Mapping[str, Path]) -> list[dict[str, Any]]:
     inert = ["nosuid", "nodev", "noexec"]
     shared = max(64 * _MIB, spec.resources.memory_bytes // 2)
     rows: list[tuple[str, str, list[str]]] = [
@@ -133,13 +139,14 @@ def _mounts(spec: BoxSpec, agent: Path) -> list[dict[str, Any]]:
         ("/dev/pts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", _TERMINALS]),
         ("/dev/shm", "tmpfs", [*inert, "mode=1777", f"size={shared}"]),  # noqa: S108
         ("/dev/mqueue", "mqueue", inert),
-        ("/sys", "sysfs", [*inert, "ro"]),
-        ("/sys/fs/cgroup", "cgroup2", [*inert, "ro"]),
         ("/run", "tmpfs", ["nosuid", "nodev", "mode=755", f"size={shared // 4}"]),
         ("/run/devboxd", "tmpfs", ["nosuid", "nodev", "mode=755", "size=64m"]),
     ]
     mounts: list[dict[str, Any]] = [
         {"destination": target, "type": kind, "source": kind, "options": options} for target, kind, options in rows
     ]
-    options = ["bind", "ro", "nosuid", "nodev"]
-    return [*mounts, {"destination": AGENT, "type": "bind", "source": str(agent), "options": options}]
+    lent = [(target, source, ["noexec"]) for target, source in system.items()]
+    for target, source, options in (*lent, (AGENT, place / "init", [])):
+        options += ["bind", "ro", "nosuid", "nodev"]
+        mounts.append({"destination": target, "type": "bind", "source": str(source), "options": options})
+    return mounts

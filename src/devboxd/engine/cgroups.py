@@ -29,6 +29,7 @@ from devboxd.errors import SetupError
 
 ROOT = Path("/sys/fs/cgroup")
 _CONTROLLERS = ("cpu", "memory", "pids")
+_SHOWN = (*_CONTROLLERS, "cpuacct", "cpuset")
 _PERIOD_US = 100_000
 _PATIENCE_SECONDS = 10.0
 _LEAST_FOR_SOCKETS = 64 << 20
@@ -85,6 +86,10 @@ class Cgroups(ABC):
     @abstractmethod
     def entrances(self, box_id: str) -> list[Path]:
         """The files into which a process with one thread writes 0 to enter the box."""
+
+    @abstractmethod
+    def shown(self, box_id: str) -> Iterator[tuple[str, Path]]:
+        """The box's own groups that programs in it look for, each with its place below /sys/fs/cgroup."""
 
     @abstractmethod
     def show_unified(self) -> None:
@@ -257,7 +262,7 @@ class Version1(Cgroups):
 
     @cached_property
     def _tops(self) -> list[Path]:
-        names = (*_CONTROLLERS, "cpuacct", "freezer", *(("blkio",) if self._pace else ()))
+        names = (*_CONTROLLERS, "cpuacct", "cpuset", "freezer", *(("blkio",) if self._pace else ()))
         found = [self.root / name for name in names if (self.root / name).exists()]
         return [path / self.name for path in dict.fromkeys(path.resolve() for path in found)]
 
@@ -266,7 +271,12 @@ class Version1(Cgroups):
         return [path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink()]
 
     def enable(self) -> None:
-        """Nothing to do: controllers are on everywhere."""
+        """Controllers are on everywhere; a cpuset has no processors before it is told, or told to take its parent's."""
+        for group in (self.root / "cpuset" / self.name, self.root / "cpuset" / self.name / "boxes"):
+            if group.exists():
+                for name in ("cpuset.cpus", "cpuset.mems"):
+                    (group / name).write_text((group.parent / name).read_text())
+                (group / "cgroup.clone_children").write_text("1")
 
     def weigh(self, group: Path, percent: int) -> None:
         """1024 shares are usual."""
@@ -316,6 +326,12 @@ class Version1(Cgroups):
         """The controller of this name."""
         state = self._box("freezer", box_id) / "freezer.state"
         return state, "FROZEN", "THAWED", state, "FROZEN"
+
+    def shown(self, box_id: str) -> Iterator[tuple[str, Path]]:
+        """Each by the name of its controller: the JVM trusts none of them where cpuset is not there."""
+        for name in _SHOWN:
+            if (group := self._box(name, box_id)).exists():
+                yield name, group
 
     def show_unified(self) -> None:
         """crun refuses version 1 with controllers left to version 2, even when it is told to leave cgroups alone."""
@@ -389,6 +405,10 @@ class Version2(Cgroups):
         """cgroup.freeze, and cgroup.events for having done so."""
         box = self._box(box_id)
         return box / "cgroup.freeze", "1", "0", box / "cgroup.events", "frozen 1"
+
+    def shown(self, box_id: str) -> Iterator[tuple[str, Path]]:
+        """The one that there is."""
+        yield "", self._box(box_id)
 
     def show_unified(self) -> None:
         """Nothing: it is."""

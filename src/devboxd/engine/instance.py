@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from devboxd.engine import linux
 from devboxd.engine.base import EngineError
 from devboxd.engine.nettools import ip
 from devboxd.errors import SetupError
@@ -195,6 +196,8 @@ def _choose(run: Path, etc: Path) -> tuple[int, ipaddress.IPv4Network]:
     for name in _NAMES:
         if (run / name).exists() and _abandoned(run / name):
             _unroute(_read_claim(run / name).get("subnet"))
+            with contextlib.suppress(OSError):  # then lxcfs ends, if it is there
+                linux.unmount(run / name / "lxcfs")
             shutil.rmtree(run / name)
     free = _free_numbers(run, etc)
     for number in free:

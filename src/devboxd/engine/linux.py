@@ -20,10 +20,10 @@ from pathlib import Path
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_NOATIME, MS_BIND = 2, 4, 8, 32, 1024, 4096
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_NOATIME, MS_BIND = 1, 2, 4, 8, 32, 1024, 4096
 _MS_REC, _MS_SLAVE = 1 << 14, 1 << 19
 _MNT_DETACH = 2
-_CLONE_NEWNS = 0x00020000
+_CLONE_NEWNS, _CLONE_FS = 0x00020000, 0x00000200
 _AT_EMPTY_PATH, _AT_FDCWD = 0x1000, -100
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _FSPICK, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 433, 442
 _FSPICK_EMPTY_PATH = 8
@@ -54,6 +54,21 @@ def private_mounts() -> None:
     """Give the calling thread a mount namespace of its own, from which nothing reaches the host's."""
     _check(_libc.unshare(_CLONE_NEWNS), "unshare the mount namespace")
     mount("none", Path("/"), None, _MS_REC | _MS_SLAVE)
+
+
+def enter_mounts(pid: int) -> None:
+    """Have the calling thread in the mount namespace of a process, for ever. Raises OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        _check(_libc.unshare(_CLONE_FS), "leave the other threads")
+        _check(_libc.setns(process, _CLONE_NEWNS), "enter a mount namespace")
+    finally:
+        os.close(process)
+
+
+def protect(target: Path) -> None:
+    """Make a mount read-only, and closed to programs, setuid and devices. Raises OSError."""
+    mount("none", target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def mount(source: str, target: Path | str, kind: str | None, flags: int = 0, data: str = "") -> None:
@@ -116,6 +131,11 @@ def attach(tree: int, target: Path, user_namespace: int | None = None) -> None:
     mapped = (0, cleared, 0, 0) if user_namespace is None else (_ATTR_IDMAP, cleared, 0, user_namespace)
     attributes = struct.pack("=4Q", *mapped)
     _call(_MOUNT_SETATTR, f"map the ids for {target}", tree, b"", _AT_EMPTY_PATH, attributes, len(attributes))
+    settle(tree, target)
+
+
+def settle(tree: int, target: Path) -> None:
+    """Put a new mount at its place as it is."""
     what = f"attach a mount at {target}"
     _call(_MOVE_MOUNT, what, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -27,9 +28,30 @@ def inside(netns: Path, work: Callable[[], _T]) -> _T:
 def _entered(netns: Path, work: Callable[[], _T]) -> _T:
     descriptor = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if _libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"enter the network namespace {netns}: {os.strerror(number)}")
+        _enter(descriptor)
     finally:
         os.close(descriptor)
     return work()
+
+
+@contextlib.contextmanager
+def visited(netns: int) -> Iterator[None]:
+    """Have the calling thread in another network namespace for the length of the block.
+
+    Raises OSError, also when it cannot return: then the thread must end.
+    """
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(netns)
+        try:
+            yield
+        finally:
+            _enter(home)
+    finally:
+        os.close(home)
+
+
+def _enter(netns: int) -> None:
+    if _libc.setns(netns, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"enter a network namespace: {os.strerror(number)}")

@@ -31,12 +31,13 @@ import structlog
 
 from devboxd.agent import agent_binary
 from devboxd.config import Settings
-from devboxd.engine import bundle, cgroups, linux, manifest, rootfs
+from devboxd.engine import bundle, cgroups, linux, machine, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blockdevices import below
 from devboxd.engine.blocking import finished, in_own_thread, readable
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
+from devboxd.engine.lxcfs import Lxcfs
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.places import Places
@@ -112,6 +113,7 @@ class OciEngine:
         self._upkeep = Upkeep(self._pool, self._disks, self._reserve)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
+        self._lxcfs = Lxcfs(instance.directory, self._cgroups)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = Places(2 * (os.cpu_count() or 1), _PLACE_S)
         self._removals = asyncio.Semaphore(2)
@@ -160,6 +162,8 @@ class OciEngine:
         await self._network.open()
         await self._network.adopt({r.slot: Path(f"/proc/{r.pid}/ns/net") for r in known if r.lives()})
         await self._slots.open({record.slot for record in known} | resting)
+        await self._lxcfs.open(self._living)
+        self._tasks.start(self._lxcfs.keep(self._living), "lxcfs")
         self._tasks.start(self._upkeep.tend(), "storage")
         self._tasks.start(self._upkeep.trim(), "room of deleted files")
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
@@ -181,6 +185,8 @@ class OciEngine:
     async def close(self) -> None:
         """Give back the pool, and all that is not needed while only boxes live."""
         await self._tasks.close()
+        if not any(self._boxes.iterdir()):
+            await self._lxcfs.close()
         await self._slots.close()
         await self._network.close()
         self._cgroups.close()
@@ -430,11 +436,15 @@ class OciEngine:
         if kept:
             self._disks.refresh(spec.box_id, files)
         self._cgroups.create(spec.box_id, spec.resources)
-        (folder / "config.json").write_text(json.dumps(self._config(spec, slot)))
         with _listen(folder) as listener, self._disks.tree(spec.box_id) as disk:
             linux.private_mounts()
             rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
-            self._lend_agent()
+            machine.lend_agent(self._place, self._agent)
+            groups = self._cgroups.shown(spec.box_id)
+            system = machine.make_sys(self._place, slot.net, spec.resources.cpu_cores, groups)
+            system |= self._lxcfs.files()
+            (folder / "config.json").write_text(json.dumps(self._config(spec, slot, system)))
+            machine.lend_devices(self._place)
             self._start(spec, listener)
         self._disks.limit(spec.box_id, most)
         pid = int((folder / "pid").read_text())
@@ -443,20 +453,14 @@ class OciEngine:
             raise EngineError(f"cannot start the box {spec.box_id}: its agent ended at once")
         self._write(spec.box_id, Record(linux.boot_id(), pid, started, slot.index, most))
 
-    def _config(self, spec: BoxSpec, slot: Slot) -> dict[str, object]:
+    def _config(self, spec: BoxSpec, slot: Slot, system: dict[str, Path]) -> dict[str, object]:
         namespaces = [{"type": "user", "path": slot.user_path}, {"type": "network", "path": slot.net_path}]
-        place = self._place
-        config = bundle.config(spec, place / "root", place / "init", namespaces, self._calls)
+        config = bundle.config(spec, self._place, system, namespaces, self._calls)
         if not self._is_crun:
             config["linux"] |= bundle.mappings(self._instance.uid_base(slot.index))
             config["linux"]["cgroupsPath"] = f"/{self._cgroups.name}/boxes/{spec.box_id}"
             del config["process"]["rlimits"]  # it has them before, see `_start`
         return config
-
-    def _lend_agent(self) -> None:
-        """The state folder is closed to the box's root, as whom the runtime mounts; so lead there another way."""
-        (self._place / "init").touch()
-        linux.bind(self._agent, self._place / "init")
 
     def _start(self, spec: BoxSpec, listener: socket.socket) -> None:
         box_id, folder = spec.box_id, self._boxes / spec.box_id
@@ -538,7 +542,7 @@ def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) 
 
 
 def _keep_agent(source: Path, folder: Path) -> Path:
-    """A copy of the agent under its hash: replacing the package's file never touches what boxes run."""
+    """A copy of the agent under its hash: boxes get the one that this server knows, whatever becomes of the package."""
     content = source.read_bytes()
     kept = folder / hashlib.sha256(content).hexdigest()
     if not kept.exists():
