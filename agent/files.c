@@ -163,14 +163,24 @@ static _Noreturn void write_served(int fd) {
     serve(fd, false);
 }
 
-/* Whether a new file can take the target's place: the folder must allow it, a sticky one only to owners. */
+/* Whether a new file by us can have the target's owner and group. */
+static bool ownable(const struct stat *target) {
+    gid_t groups[256];
+    if (!geteuid()) return true;
+    if (target->st_uid != geteuid()) return false;
+    if (target->st_gid == getegid()) return true;
+    int count = getgroups(sizeof groups / sizeof *groups, groups);
+    for (int i = 0; i < count; i++)
+        if (groups[i] == target->st_gid) return true;
+    return false;
+}
+
+/* Whether a new file can take the target's place: as the same owner's, and the folder must allow it. */
 static bool replaceable(const struct stat *target) {
     char folder[PATH_LIMIT];
-    struct stat st;
     strcpy(folder, report.u.paths.target);
     strrchr(folder, '/')[1] = 0;
-    if (access(folder, W_OK | X_OK) < 0 || stat(folder, &st) < 0) return false;
-    return !(st.st_mode & S_ISVTX) || !geteuid() || target->st_uid == geteuid() || st.st_uid == geteuid();
+    return ownable(target) && access(folder, W_OK | X_OK) == 0;
 }
 
 /* Hands the target itself over, emptied: it may be written, but nothing may be put in its place. */
@@ -181,13 +191,18 @@ static _Noreturn void write_in_place(int fd) {
     _exit(0);
 }
 
-/* Writes an existing target itself where it must be; returns when a new file shall replace it. */
+/* Writes an existing target itself where it must be; returns when a new file shall replace it. Only what is written is
+ * opened for writing: a program that runs may be replaced, but not written. */
 static void write_existing(const struct stat *st) {
-    int fd = open(report.u.paths.target, O_WRONLY | OPEN_FLAGS);
+    int fd = open(report.u.paths.target, O_PATH | O_CLOEXEC);
     if (fd < 0) finish(STAGE_OPEN, errno);
-    if (!plain_disk(fd)) write_served(fd); /* the server must not touch it */
-    if (!replaceable(st)) write_in_place(fd);
+    bool plain = plain_disk(fd);
     close(fd);
+    if (plain && replaceable(st)) return;
+    fd = open(report.u.paths.target, O_WRONLY | OPEN_FLAGS);
+    if (fd < 0) finish(STAGE_OPEN, errno);
+    if (!plain) write_served(fd); /* the server must not touch it */
+    write_in_place(fd);
 }
 
 static void write_file(char *path, uint32_t mode) {
@@ -201,7 +216,8 @@ static void write_file(char *path, uint32_t mode) {
         if (fd < 0) finish(STAGE_OPEN, errno);
         write_served(fd);
     }
-    int error = fchmod(fd, (exists ? st.st_mode : mode) & 07777) < 0 ? errno : 0;
+    int error = exists && fchown(fd, st.st_uid, st.st_gid) < 0 ? errno : 0;
+    if (!error && fchmod(fd, (exists ? st.st_mode : mode) & 07777) < 0) error = errno;
     if (error) {
         unlink(report.u.paths.temporary);
         finish(STAGE_OPEN, error);

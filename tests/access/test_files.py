@@ -136,6 +136,40 @@ def test_a_file_in_a_folder_of_others_is_written_in_place(api: Api, box: str, mo
         api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", 403, body)
 
 
+def test_a_program_that_runs_is_replaced(api: Api, box: str) -> None:
+    api.run(box, "cp /bin/sleep program; ./program 600 >/dev/null 2>&1 &")
+    api.upload(box, "program", b"#!/bin/sh\necho new\n")
+    assert api.output(box, "./program; pkill -x program && echo old") == "new\nold\n"
+
+
+def test_a_write_parts_hard_links_and_keeps_owner_and_group(api: Api, box: str) -> None:
+    api.run(box, "echo old >one; ln one two; echo old >group; sudo chown :users group; sudo usermod -aG users user")
+    api.write(box, "one", "new")
+    api.write(box, "group", "new")
+    assert api.output(box, "cat one two; stat -c '%U %G' group") == "newold\nuser users\n"
+    api.run(box, "echo old >theirs; sudo chown root:root theirs; sudo chmod 666 theirs; stat -c %i theirs >number")
+    api.upload(box, "theirs", b"new")
+    assert api.output(
+        box, "[ $(stat -c %i theirs) = $(cat number) ]; echo $?; stat -c %U:%G:%a theirs; cat theirs"
+    ) == ("0\nroot:root:666\nnew")
+
+
+def test_root_keeps_the_owner_of_what_it_writes(api: Api) -> None:
+    box = api.create(launch_parameters={"user_parameters": {"username": "root", "uid": 0}})
+    api.run(box, "echo old >/srv/f; chown user:games /srv/f; chmod 4750 /srv/f")
+    api.write(box, "/srv/f", "new")
+    assert api.output(box, "stat -c %U:%G:%a /srv/f; cat /srv/f") == "user:games:4750\nnew"
+    api.shutdown(box)
+
+
+def test_a_folder_of_the_image_is_moved_by_mv_though_not_by_rename(api: Api, box: str) -> None:
+    """Layers stay whole by themselves, so the overlay keeps no redirections; programs copy then."""
+    rename = 'python3 -c \'import os; os.rename("/usr/share/doc", "/usr/share/moved")\''
+    assert "Invalid cross-device link" in api.run(box, f"sudo {rename}")["stderr"]
+    assert api.run(box, "sudo mv /usr/share/doc /usr/share/moved && ls /usr/share/moved >/dev/null")["exit_status"] == 0
+    assert api.run(box, "sudo mkdir /usr/share/doc; sudo mv /usr/share/doc /usr/share/doc2")["exit_status"] == 0
+
+
 @pytest.mark.parametrize(
     ("verb", "path", "words"),
     [
