@@ -244,6 +244,36 @@ def test_a_pool_that_is_filled_while_no_server_runs_harms_none(large: Disk) -> N
         server.stop()
 
 
+def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it() -> None:
+    """Its file is cut short below the living boxes, by a part in which nothing lies yet."""
+    server = Server(warm_boxes="1")
+    try:
+        with server.start().api() as api:
+            box = api.create()
+            api.output(box, "echo kept >kept; sync")
+            subprocess.run(["sync"], check=True)
+            file = server.state / "pool.btrfs"
+            with file.open("r+b") as opened:
+                opened.truncate(file.stat().st_size - (64 << 20))
+            time.sleep(1.0)
+            answer = api.http.get("/healthz")
+            assert (answer.status_code, "cut short" in answer.text) == (503, True), answer.text
+            assert "devboxd_pool_writable 0.0" in api.http.get("/metrics").text
+            assert "cut short" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
+            server.kill()
+            server.start()
+            assert api.wait_box(box, "suspended")
+            assert api.http.get("/healthz").status_code == 200
+            api.call("POST", f"/v1/devboxes/{box}/resume")
+            api.wait_box(box, "running")
+            assert api.output(box, "cat kept") == "kept\n"
+            assert server.terminate() < 5
+            assert "Traceback" not in server.log.read_text()
+            server.start()
+    finally:
+        server.stop()
+
+
 def _log_of(api: Api, box: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]
     return found

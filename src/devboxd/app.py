@@ -151,7 +151,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         places = Places(streams_within(available))
         requests = Requests()
         watched = (requests, places, devboxes, changes, executions, incidents, snapshots)
-        metrics = Metrics(settings.state, store, *watched, lambda: ready.state is None)
+        metrics = Metrics(settings.state, store, *watched, lambda: ready.state is None, lambda: engine.trouble is None)
         services = (
             Early(settings.state),
             store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
@@ -162,6 +162,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
             store=store,
             settings=settings,
             ready=lambda: ready.state,
+            healthy=lambda: ready.state or (Unready(engine.trouble, hold_s=1.0) if engine.trouble else None),
             requests=requests,
             absent=UNIMPLEMENTED,
         )
@@ -233,7 +234,7 @@ async def _start(
     stack.push_async_callback(engine.close)
     stack.push_async_callback(_part, devboxes)
     stack.push_async_callback(snapshots.close)
-    await devboxes.open(boot.interruption(settings.state))
+    await devboxes.open(boot.interruption(settings.state) or engine.interruption)
     await snapshots.open()
     boot.remember(settings.state)
     ready.state = None

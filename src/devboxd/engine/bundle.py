@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,3 +151,21 @@ def _mounts(spec: BoxSpec, place: Path, system: Mapping[str, Path]) -> list[dict
         options += ["bind", "ro", "nosuid", "nodev"]
         mounts.append({"destination": target, "type": "bind", "source": str(source), "options": options})
     return mounts
+
+
+def keep_agent(source: Path, folder: Path) -> Path:
+    """A copy of the agent under its hash: boxes get the one that this server knows, whatever becomes of the package."""
+    content = source.read_bytes()
+    kept = folder / hashlib.sha256(content).hexdigest()
+    if not kept.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        temporary = folder / "new"
+        temporary.write_bytes(content)
+        temporary.chmod(0o755)
+        temporary.rename(kept)
+    return kept
+
+
+def hosts(hostname: str, address: str) -> str:
+    """What is in /etc/hosts of a box."""
+    return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{hostname}\n"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import select
@@ -41,7 +40,7 @@ from devboxd.engine.lxcfs import Lxcfs
 from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.places import Places
-from devboxd.engine.pool import Pool
+from devboxd.engine.pool import Pool, PoolBroken
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
@@ -110,6 +109,8 @@ class OciEngine:
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
+        self.interruption: str | None = None
+        """Why this server had to end all boxes that there were."""
         self._upkeep = Upkeep(self._pool, self._disks, self._reserve)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
@@ -131,7 +132,7 @@ class OciEngine:
         for folder in (self._boxes, self._states):
             folder.mkdir(mode=0o700, exist_ok=True)
         self._place.mkdir(mode=0o755, exist_ok=True)
-        self._agent = _keep_agent(agent_binary(), self._instance.state / "agent")
+        self._agent = bundle.keep_agent(agent_binary(), self._instance.state / "agent")
         try:
             await self._open(kept)
         except BaseException:
@@ -140,7 +141,10 @@ class OciEngine:
 
     async def _open(self, kept: Collection[str]) -> None:
         await finished(self._reserve.tend)
-        await finished(self._disks.open)
+        try:
+            await finished(self._disks.open)
+        except PoolBroken as error:
+            await self._recover(str(error))
         if self._settings.disk_bytes_per_second:
             self._cgroups.disks = await finished(self._disks_below)
         self._cgroups.open()
@@ -168,6 +172,17 @@ class OciEngine:
         self._tasks.start(self._upkeep.trim(), "room of deleted files")
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
         self._tasks.start(Turns(self._cgroups).keep(), "turns of boxes")
+
+    async def _recover(self, why: str) -> None:
+        """End the boxes that hold on to a broken pool, and open it anew. Raises SetupError."""
+        _log.error("the storage is broken: its boxes are ended, and it is opened anew", reason=why)
+        self.interruption = "the storage of the host failed"
+        for box_id in self._traces():
+            if (record := self._record(box_id)) and record.lives():
+                await self._kill(record, box_id)
+        await finished(self._pool.release)
+        await finished(self._disks.open)
+        _log.warning("the storage was recovered", suspended=sorted(self._disks.boxes()))
 
     def _disks_below(self) -> set[str]:
         """The disks that boxes read and write. Raises SetupError when there is none to be found."""
@@ -228,7 +243,7 @@ class OciEngine:
         """Kill everything in the box and free all that it held."""
         slot = await self._end(box_id)
         async with self._removals:  # who waits here can be cancelled, when the server stops: the next one goes on
-            await finished(partial(self._disks.remove, box_id))
+            await self._remove(box_id)
         if slot is not None:
             await self._slots.release(slot)
 
@@ -316,7 +331,13 @@ class OciEngine:
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Its room comes back a little later."""
         async with self._removals:
-            await finished(partial(self._disks.remove, snapshot_id))
+            await self._remove(snapshot_id)
+
+    async def _remove(self, name: str) -> None:
+        try:
+            await finished(partial(self._disks.remove, name))
+        except OSError as error:
+            raise EngineError(f"cannot delete the disk {name}: {error}; look at the disk's health") from error
 
     async def snapshots(self) -> set[str]:
         """By the folders in the pool."""
@@ -424,7 +445,7 @@ class OciEngine:
         link = slot.link
         files = {
             "etc/hostname": f"{spec.hostname}\n",
-            "etc/hosts": _hosts(spec.hostname, link.address),
+            "etc/hosts": bundle.hosts(spec.hostname, link.address),
             "etc/resolv.conf": self._network.resolv_conf(link),
         }
         most = spec.resources.disk_bytes
@@ -539,23 +560,6 @@ def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) 
         os.close(pidfd)
     status = process.wait()
     return status if in_time else None
-
-
-def _keep_agent(source: Path, folder: Path) -> Path:
-    """A copy of the agent under its hash: boxes get the one that this server knows, whatever becomes of the package."""
-    content = source.read_bytes()
-    kept = folder / hashlib.sha256(content).hexdigest()
-    if not kept.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        temporary = folder / "new"
-        temporary.write_bytes(content)
-        temporary.chmod(0o755)
-        temporary.rename(kept)
-    return kept
-
-
-def _hosts(hostname: str, address: str) -> str:
-    return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{hostname}\n"
 
 
 def _listen(folder: Path) -> socket.socket:

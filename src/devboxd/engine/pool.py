@@ -14,7 +14,9 @@ import fcntl
 import mmap
 import os
 import shutil
+import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -38,6 +40,13 @@ _UNIT = 64 << 20
 """The file's size is a multiple of it: the kernel complains of devices that end within a block."""
 _BLOCK = 4096
 _SUPERBLOCK = 64 << 10
+_TOTAL = 112
+"""Where it says how large the file system is."""
+_RELEASES, _RELEASE_S = 300, 0.1
+
+
+class PoolBroken(SetupError):
+    """The kernel has ended all writing to a pool that is still in use."""
 
 
 class Pool:
@@ -63,7 +72,13 @@ class Pool:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         mounted = self.mounted
+        if mounted and self.file.exists():
+            self.look()
+            if why := self.trouble():
+                raise PoolBroken(f"cannot use the pool of disks: {why}; end the boxes that use it, or restart the host")
         if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
+            if not mounted:
+                self._mend_length()
             self.fill()
             if not mounted:
                 self._mount_file()
@@ -205,6 +220,30 @@ class Pool:
         except OSError as error:
             raise SetupError(f"cannot grow the storage {self.file}: {error}") from error
 
+    def release(self) -> None:
+        """Take away what shows a broken pool, once all boxes have ended, and check it. Raises SetupError."""
+        while self.mounted:
+            self.close()
+        for _ in range(_RELEASES):
+            if not self.in_use:
+                break
+            time.sleep(_RELEASE_S)  # nothing tells when the kernel has let go of a file system
+        else:
+            raise SetupError(f"cannot recover the pool of disks {self.file}: something still uses it; restart the host")
+        self._mend_length()
+        if (program := which("btrfs")) is not None:
+            command = (program, "check", "--readonly", self.file)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            _log.warning("storage was checked", damage=bool(done.returncode), said=done.stderr.strip()[-500:])
+
+    def _mend_length(self) -> None:
+        """A file that was cut short is of no use; what was lost is read as zeros. Raises OSError."""
+        with self.file.open("r+b") as file:
+            (total,) = struct.unpack("<Q", os.pread(file.fileno(), 8, _SUPERBLOCK + _TOTAL) or bytes(8))
+            if os.fstat(file.fileno()).st_size < total <= self.most():
+                _log.error("the storage's file was cut short; what was lost is empty", bytes=total)
+                linux.allocate(file.fileno(), total)
+
     def commit(self) -> None:
         """Have back at once what was deleted: the pool has it again with its next transaction."""
         with contextlib.suppress(OSError), btrfs.opened(self.folder) as descriptor:
@@ -262,11 +301,12 @@ class Pool:
         return True
 
     def _mount_file(self) -> None:
+        pinned = self.in_use
         try:
             with loops.attached(self.file, holes=False) as path:
                 linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "nodiscard")
         except OSError as error:
-            raise SetupError(
+            raise (PoolBroken if pinned else SetupError)(
                 f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error

@@ -57,15 +57,24 @@ def build(
     store: Store,
     settings: Settings,
     ready: Callable[[], Unready | None],
+    healthy: Callable[[], Unready | None] | None = None,
     requests: Requests | None = None,
     absent: Sequence[Absent] = (),
 ) -> Application:
-    """The application for a table. `ready` gives None, or the reason why /v1 is not served yet.
+    """The application for a table. `ready` gives None, or the reason why /v1 is not served yet; `healthy` what
+    /healthz says, the same if not given.
 
     Every request is counted in `requests`. The operations in `absent` are refused by their names.
     """
     return Application(
-        routes, services, store=store, settings=settings, ready=ready, requests=requests or Requests(), absent=absent
+        routes,
+        services,
+        store=store,
+        settings=settings,
+        ready=ready,
+        healthy=healthy or ready,
+        requests=requests or Requests(),
+        absent=absent,
     )
 
 
@@ -80,6 +89,7 @@ class Application:
         store: Store,
         settings: Settings,
         ready: Callable[[], Unready | None],
+        healthy: Callable[[], Unready | None],
         requests: Requests,
         absent: Sequence[Absent],
     ) -> None:
@@ -87,7 +97,7 @@ class Application:
         self._ready = ready
         self._desk = Desk(store)
         self.bounds = Bounds()
-        own = pages.routes(lambda: _unready_error(ready()), lambda: self.operations, absent)
+        own = pages.routes(lambda: _unready_error(healthy()), lambda: self.operations, absent)
         known = {kind: service for service in services for kind in type(service).__mro__[:-1]}
         self.operations = [
             Operation(route, Binding(route.handler, route.path, Call, known)) for route in (*routes, *own)

@@ -51,6 +51,7 @@ class Metrics(Collector):
         incidents: Incidents,
         snapshots: Snapshots,
         ready: Callable[[], bool],
+        writable: Callable[[], bool],
     ) -> None:
         self._state = state
         self._store = store
@@ -62,6 +63,7 @@ class Metrics(Collector):
         self._incidents = incidents
         self._snapshots = snapshots
         self._ready = ready
+        self._writable = writable
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -127,6 +129,8 @@ class Metrics(Collector):
         disk = shutil.disk_usage(self._state)
         yield _gauge("devboxd_state_disk_bytes", "Size of the disk that holds the state folder", {(): disk.total})
         yield _gauge("devboxd_state_disk_free_bytes", "What is free of it", {(): disk.free})
+        text = "Whether the pool of disks can be written at all: 1 or 0"
+        yield _gauge("devboxd_pool_writable", text, {(): int(self._writable())})
         if os.path.ismount(self._state / "disks"):
             pool = shutil.disk_usage(self._state / "disks")
             text = "Size of the pool of disks, where it is not a part of that disk; it grows"
