@@ -6,6 +6,7 @@ What a size fixes at the start of a box is compared between one that was made ah
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ SIZES = [
 INSIDE = """
 df --block-size=1 --output=target,size,itotal / /dev/shm /run/devboxd /dev
 cat /proc/self/limits
+echo processors $(nproc) $(getconf _NPROCESSORS_ONLN)
 """
 """Shows all that is fixed when a box starts."""
 LIMITS = ("memory.limit_in_bytes", "memory.max", "cpu.cfs_quota_us", "cpu.max", "pids.max")
@@ -118,6 +120,8 @@ def check(size: Size, found: dict[str, list[str]]) -> None:
     assert size.disk * _GIB <= int(found["/"][1]) <= size.disk * _GIB * 1.05
     assert int(found["/dev/shm"][1]) == size.memory * _GIB // 2
     assert found["Max processes"][2:4] == [str(size.processes)] * 2
+    processors = min(os.cpu_count() or 1, math.ceil(size.cores))
+    assert found["processors"][1:] == [str(processors)] * 2
     memory = found.get("memory.limit_in_bytes") or found["memory.max"]
     quota = found.get("cpu.cfs_quota_us") or found["cpu.max"]
     assert (int(memory[0]), int(quota[0])) == (size.memory * _GIB, size.cores * 100_000)
