@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -294,11 +295,54 @@ void handle_spawn(const struct request *q, int *fds) {
     slot_fail(s, STAGE_BUSY, error);
 }
 
+/* The start of a file of /proc, with zeros behind it; false when the process is gone. */
+static bool proc_read(pid_t pid, const char *name, char *text, size_t size) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    memset(text, 0, size);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
+    if (fd >= 0) close(fd);
+    return n > 0;
+}
+
+/* A bash that is not interactive lets its background jobs ignore SIGINT. */
+static bool in_background(pid_t pid) {
+    static char text[4096];
+    char *line = proc_read(pid, "status", text, sizeof text) ? strstr(text, "\nSigIgn:") : NULL;
+    return !line || strtoull(line + strlen("\nSigIgn:"), NULL, 16) >> (SIGINT - 1) & 1;
+}
+
+/* The program for which a bash waits. With `bash -c` that one would often be the process that was launched, for a bash
+ * makes its last command of itself; here it cannot, since it has the command from a descriptor. A child with the words
+ * of the bash is a copy of it, which has still to become a job, or is a subshell. */
+static pid_t foreground_of(pid_t pid) {
+    static char name[64], path[32], own[512], words[512], children[256];
+    char *next = children;
+    snprintf(path, sizeof path, "task/%d/children", pid);
+    if (!proc_read(pid, "comm", name, sizeof name) || strcmp(name, "bash\n")) return 0;
+    if (!proc_read(pid, "cmdline", own, sizeof own) || !proc_read(pid, path, children, sizeof children)) return 0;
+    for (pid_t child; (child = (pid_t)strtol(next, &next, 10)) > 1 && *next;)
+        if (!in_background(child) && proc_read(child, "cmdline", words, sizeof words) && memcmp(own, words, sizeof own))
+            return child;
+    return 0;
+}
+
+/* The shell first: one that sees its child die would go on to what the command does next. */
+static int signal_process(pid_t pid, pid_t foreground, int signal) {
+    int error = kill(pid, signal) < 0 ? errno : 0;
+    if (foreground) kill(foreground, signal);
+    return error;
+}
+
 /* After the end of the leader its group is still reached, as long as the agent knows the execution. */
-static int signal_slot(const struct slot *s, uint32_t scope, int signal) {
+static int signal_slot(const struct slot *s, uint32_t scope, int signal, pid_t foreground) {
     if (scope == SCOPE_GROUP && kill(-s->group, signal) == 0) return 0;
-    if (!s->pid) return ESRCH;
-    return kill(s->pid, signal) < 0 ? errno : 0;
+    return s->pid ? signal_process(s->pid, foreground, signal) : ESRCH;
+}
+
+static pid_t foreground_in(const struct slot *s, uint32_t scope) {
+    return s && s->pid && s->type == EXECUTION && scope != SCOPE_GROUP ? foreground_of(s->pid) : 0;
 }
 
 /* kill(-1) reaches everybody only from pid 1 of a pid namespace: elsewhere it would be a disaster. */
@@ -315,7 +359,7 @@ void handle_signal(const struct request *q) {
         return;
     }
     if (q->signal <= 64 && q->scope == SCOPE_ALL) error = signal_all((int)q->signal);
-    else if (q->signal <= 64 && q->scope <= SCOPE_GROUP) error = s ? signal_slot(s, q->scope, (int)q->signal) : ESRCH;
+    else if (q->signal <= 64 && q->scope <= SCOPE_GROUP) error = s ? signal_slot(s, q->scope, (int)q->signal, foreground_in(s, q->scope)) : ESRCH;
     if (error) answer_error(q->tag, STAGE_LOOKUP, error);
     else answer_ok(q->tag, 0);
 }
@@ -337,9 +381,11 @@ void end_later(struct slot *s, uint32_t grace_ms) {
     retry_later();
 }
 
-/* Whether END has still to reach somebody of its group: a leader's EXIT waits for those that it takes along. */
+/* Whether END has still to reach somebody: a leader's EXIT waits for those that it takes along. */
 bool group_ending(const struct slot *s) {
-    return s->kill_at && listed(&s->ending, -s->group) && kill(-s->group, 0) == 0;
+    for (uint32_t i = 0; s->kill_at && i < s->ending.count; i++)
+        if ((s->type == EXECUTION || s->ending.ids[i] == -s->group) && kill(s->ending.ids[i], 0) == 0) return true;
+    return false;
 }
 
 /* Each RETRY_MS, also without a server. Who is gone is forgotten: another may get that number later. */
@@ -366,12 +412,14 @@ void handle_end(const struct request *q) {
         shell_end(s, q);
         return;
     }
-    if (!error) error = signal_slot(s, q->scope, SIGTERM);
+    pid_t foreground = error ? 0 : foreground_in(s, q->scope);
+    if (!error) error = signal_slot(s, q->scope, SIGTERM, foreground);
     if (error) {
         answer_error(q->tag, STAGE_LOOKUP, error);
         return;
     }
     targets_add(&s->ending, q->scope == SCOPE_GROUP ? -s->group : s->pid);
+    if (foreground) targets_add(&s->ending, foreground);
     end_later(s, q->deadline);
     answer_ok(q->tag, 0);
 }

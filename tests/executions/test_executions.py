@@ -256,6 +256,27 @@ def test_kill_ends_the_process_and_leaves_its_children(api: Api, box: str) -> No
     api.output(box, f"kill {child}")
 
 
+@pytest.mark.parametrize("command", ["exec 1>&-; {}", "cd /tmp && {}", "{}", "true; {}; echo no"])
+def test_kill_ends_the_program_for_which_the_shell_waits(api: Api, box: str, command: str) -> None:
+    execution = api.start(box, "sleep 62.5 & " + command.format("sleep 61.5"))
+    while api.run(box, "pgrep -fx 'sleep 61.5'")["exit_status"] != 0:
+        pass  # until it has begun
+    view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill")
+    assert (view["status"], view["exit_status"]) == ("completed", 143)
+    assert api.run(box, "pgrep -fx 'sleep 61.5'")["exit_status"] == 1
+    api.output(box, "pkill -fx 'sleep 62.5'")  # a job in the background is spared
+
+
+def test_kill_insists_on_a_program_that_ignores_it(api: Api, box: str) -> None:
+    execution = api.start(
+        box, "python3 -c 'import signal as s; s.signal(15, s.SIG_IGN); print(1, flush=True); s.pause()'"
+    )
+    with api.stream(box, execution) as events:
+        next(events)
+    api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill")
+    assert api.run(box, "pgrep -f signal.as.s")["exit_status"] == 1
+
+
 def test_kill_of_the_group_ends_the_children_too(api: Api, box: str) -> None:
     execution = api.start(box, "(trap 'sleep 0.2; exit' TERM; while :; do sleep 0.05; done) & echo $$; wait; echo no")
     with api.stream(box, execution) as events:
