@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check conformance packages bench crash fuzz
+.PHONY: help setup demo test check conformance packages bench crash fuzz vm
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,3 +30,6 @@ crash: ## kill the server 200 times under load and compare every byte
 
 fuzz: ## fuzz both sides of the agent's protocol for an hour, or FUZZ_SECONDS
 	@scripts/setup test && scripts/fuzz $${FUZZ_SECONDS:-3600}
+
+vm: ## try it in whole machines with Debian 13 and 12, in qemu, for half an hour
+	@scripts/setup base && .venv/bin/python scripts/vm_trial.py

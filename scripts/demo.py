@@ -21,7 +21,7 @@ from runloop_api_client import APIError, Runloop
 
 PROGRAM = Path(sys.executable).with_name("devboxd")
 TICKS = 40
-READY_S = 60.0
+READY_S = 180.0
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 out = Console(highlight=False, soft_wrap=True)

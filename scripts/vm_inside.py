@@ -1,0 +1,213 @@
+"""Runs in the virtual machine: works with devboxes, tells what was confirmed, and compares after the machine was down.
+
+`load` writes a JSON line for each thing that was confirmed, until it is killed. `compare` reads those lines and writes
+one JSON object: what was promised and is gone, and how much of that is left for which nothing was promised.
+`begin`, `goes-on`, `asleep` and `slept` follow one devbox over restarts and reboots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.api import Api  # noqa: E402
+
+URL = "http://127.0.0.1:8080"
+STATE = Path("/var/lib/devboxd")
+PROGRAM = ROOT / ".venv" / "bin" / "devboxd"
+KEPT = Path("/root/kept.json")
+"""Which devbox is followed."""
+_BOXES = 3
+_WRITE = (
+    "import os,sys; f=os.open(sys.argv[1], os.O_CREAT|os.O_WRONLY); os.write(f, sys.argv[2].encode()*20000)\n"
+    "if sys.argv[3] == 'sync': os.fsync(f); d=os.open(os.path.dirname(sys.argv[1]), 0); os.fsync(d)\n"
+    "print(sys.argv[2])"
+)
+_READ = "import sys; t=open(sys.argv[1]).read(); sys.exit(t != sys.argv[2]*20000)"
+Fact = dict[str, Any]
+
+
+def api(key: str | None = None) -> Api:
+    """A client with the first key of this machine's server, or another one."""
+    return Api(URL, key or (STATE / "first-key").read_text().strip())
+
+
+def tell(kind: str, **fact: Any) -> None:
+    """Say what was confirmed, at once."""
+    print(json.dumps({"kind": kind, **fact}), flush=True)
+
+
+def load() -> None:
+    """Work without end."""
+    client, boxes = api(), []
+    for number in itertools.count():
+        if len(boxes) < _BOXES:
+            boxes.append(client.create(name=f"box {number}", metadata={"n": "0"}))
+            tell("devbox", id=boxes[-1])
+            client.start(boxes[-1], "while :; do dd if=/dev/urandom of=~/noise bs=1M count=20; done 2>/dev/null")
+        box = boxes[number % _BOXES % len(boxes)]
+        for how in ("sync", "lazy"):
+            command = f"python3 -c '{_WRITE.replace(chr(39), chr(34))}' ~/{how}{number} {number}- {how}"
+            view = client.run(box, command, 300)
+            assert view["stdout"] == f"{number}-\n", view
+            tell(how, box=box, n=number)
+            tell("execution", box=box, id=view["execution_id"], stdout=view["stdout"])
+        client.call("POST", f"/v1/devboxes/{box}", {"metadata": {"n": str(number)}})
+        tell("metadata", box=box, n=number)
+        if number % 4 == 1:
+            snapshot = client.call("POST", f"/v1/devboxes/{box}/snapshot_disk", {})["id"]
+            tell("snapshot", id=snapshot, box=box, n=number)
+        if number % 4 == 2:
+            key = subprocess.run([PROGRAM, "keys", "create"], capture_output=True, text=True, check=True)
+            tell("key", key=key.stdout.strip())
+        if number % 4 == 3:
+            ended = client.create()
+            client.shutdown(ended)
+            tell("ended", id=ended)
+
+
+def compare(facts: list[Fact]) -> Fact:
+    """What of the facts holds no more, and of what was not promised how much does."""
+    client = api()
+    lost = [fact for fact in facts if not _holds(client, fact, facts) and fact["kind"] not in ("lazy", "execution")]
+    found: Counter[str] = Counter()
+    for fact in facts:
+        found[f"{fact['kind']}s told"] += 1
+        if fact["kind"] in ("lazy", "execution"):
+            found[f"{fact['kind']}s there"] += _holds(client, fact, facts)
+    return {"lost": lost, **found}
+
+
+def _holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
+    match fact["kind"]:
+        case "devbox":
+            return _resumed(client, fact["id"])
+        case "ended":
+            return client.box(fact["id"])["status"] == "shutdown"
+        case "metadata":
+            return int(client.box(fact["box"])["metadata"]["n"]) >= fact["n"]
+        case "key":
+            return api(fact["key"]).http.get("/v1/devboxes").status_code == 200
+        case "sync" | "lazy":
+            return _has(client, fact["box"], fact["kind"], fact["n"])
+        case "execution":
+            answer = client.http.get(f"/v1/devboxes/{fact['box']}/executions/{fact['id']}")
+            return answer.status_code == 200 and answer.json()["stdout"] == fact["stdout"]
+        case "snapshot":
+            return _snapshot_holds(client, fact, facts)
+    raise ValueError(fact["kind"])
+
+
+def _resumed(client: Api, box: str) -> bool:
+    """Whether it sleeps, says why, and runs again."""
+    view = client.box(box)
+    if view["status"] == "running":
+        return True
+    if view["status"] != "suspended":
+        print(json.dumps(view), file=sys.stderr)
+        return False
+    client.call("POST", f"/v1/devboxes/{box}/resume")
+    client.wait_box(box, "running", seconds=300)
+    return any("host was restarted" in (step.get("failure_reason") or "") for step in view["state_transitions"])
+
+
+def _has(client: Api, box: str, how: str, number: int) -> bool:
+    return bool(client.run(box, f"python3 -c '{_READ}' ~/{how}{number} {number}-", 300)["exit_status"] == 0)
+
+
+def _snapshot_holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
+    """Whole by its digest, and a devbox from it has every file that was there before."""
+    done = subprocess.run([PROGRAM, "snapshot", "verify", fact["id"]], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, done.stderr, file=sys.stderr)
+        return False
+    box = client.create(snapshot_id=fact["id"])
+    earlier = [one for one in facts if one["kind"] in ("sync", "lazy") and one["box"] == fact["box"]]
+    whole = all(_has(client, box, one["kind"], one["n"]) for one in earlier if one["n"] <= fact["n"])
+    client.shutdown(box)
+    return whole
+
+
+# -- one devbox ------------------------------------------------------------------------------------------------------
+
+
+def begin() -> None:
+    """A devbox with a command that ticks, a named shell, files that no program synced, and suspend commands."""
+    client = api()
+    hooks = {"suspend_commands": ["echo hooked >~/hook"]}
+    box = client.create(launch_parameters={"lifecycle": {"lifecycle_hooks": hooks}})
+    tick = client.start(box, "while :; do echo tick; sleep 0.2; done")
+    client.output(box, "cd /opt; export KEPT=yes", shell_name="work")
+    client.output(box, "echo kept >~/kept; dd if=/dev/zero of=~/large bs=1M count=50 2>/dev/null")
+    KEPT.write_text(json.dumps({"box": box, "tick": tick}))
+
+
+def goes_on() -> None:
+    """The devbox runs as before, and its command ticks on."""
+    client, kept = api(), json.loads(KEPT.read_text())
+    assert client.box(kept["box"])["status"] == "running", client.box(kept["box"])
+    before = len(client.execution(kept["box"], kept["tick"])["stdout"])
+    deadline = time.monotonic() + 30
+    while len((view := client.execution(kept["box"], kept["tick"]))["stdout"]) <= before:
+        assert view["status"] == "running", view
+        assert time.monotonic() < deadline, "the command does not go on"
+        time.sleep(0.2)
+    assert client.output(kept["box"], "echo $KEPT", shell_name="work") == "yes\n"
+
+
+def asleep() -> None:
+    """How many seconds the last server took from SIGTERM until all devboxes slept, by the journal."""
+    command = ["journalctl", "-b", "-1", "-u", "devboxd", "-o", "short-unix", "--no-pager"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    begun = max(float(line.split()[0]) for line in told if "Stopping" in line)
+    print(next(float(line.split()[0]) for line in reversed(told) if "devboxes sleep" in line) - begun)
+
+
+def slept(reason: str) -> None:
+    """The devbox sleeps for this reason, and runs again on its disk as it was; then its command ticks again."""
+    client, kept = api(), json.loads(KEPT.read_text())
+    box = kept["box"]
+    view = client.box(box)
+    assert view["status"] == "suspended", view
+    assert reason in str(view["state_transitions"]), view
+    assert reason in str(client.call("GET", f"/v1/devboxes/{box}/logs")["logs"])
+    assert client.execution(box, kept["tick"])["status"] == "completed"
+    client.call("POST", f"/v1/devboxes/{box}/resume")
+    client.wait_box(box, "running", seconds=300)
+    assert client.output(box, "cat ~/kept; stat -c %s ~/large") == f"kept\n{50 << 20}\n"
+    if "shuts down" in reason:
+        assert client.output(box, "cat ~/hook") == "hooked\n"
+        assert client.output(box, "pwd; echo $KEPT", shell_name="work") == "/opt\nyes\n"
+
+
+def lines() -> Iterator[Fact]:
+    """The facts on standard input; the last line may be cut."""
+    for line in sys.stdin:
+        if line.endswith("}\n"):
+            yield json.loads(line)
+
+
+if __name__ == "__main__":
+    match sys.argv[1]:
+        case "load":
+            load()
+        case "compare":
+            print(json.dumps(compare(list(lines()))))
+        case "begin":
+            begin()
+        case "goes-on":
+            goes_on()
+        case "asleep":
+            asleep()
+        case "slept":
+            slept(sys.argv[2])
