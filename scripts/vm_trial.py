@@ -18,6 +18,8 @@ from vm import BOOT_S, Machine, MachineError, accelerator
 
 WHOLE_S = 1800.0
 LOAD_S = 60.0
+_TRANSLATED = 5
+"""So many times slower is a machine whose processor qemu translates, at least."""
 _HERE = f"cd {vm_image.CHECKOUT} && "
 _INSIDE = f"{_HERE}.venv/bin/python scripts/vm_inside.py"
 _UNIT = "/etc/systemd/system/devboxd.service"
@@ -150,7 +152,8 @@ class Trials:
         asleep = float(self.machine.check(f"{_INSIDE} asleep").strip())
         self._ready()
         self.machine.check(f"{_INSIDE} slept 'the host shuts down'", self.left(200))
-        assert asleep < 10, f"the devboxes slept after {asleep:.1f} s"
+        most = 10 if accelerator() == "kvm" else 10 * _TRANSLATED
+        assert asleep < most, f"the devboxes slept after {asleep:.1f} s"
         return f"devboxes slept after {asleep:.1f} s, the machine was down after {down:.0f} s; resumed with all files"
 
     def reboot_alone(self) -> str:

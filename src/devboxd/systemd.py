@@ -27,7 +27,7 @@ WatchdogSec=60
 # A stop or restart ends the server alone: the boxes live on and are attached again. When the whole system goes down,
 # the server asks systemd for that, and puts them to sleep first.
 KillMode=process
-TimeoutStopSec=20
+TimeoutStopSec=45
 # The first start may build the default image.
 TimeoutStartSec=1800
 # The boxes' cgroups belong to devboxd, and a box that runs out of memory is no reason to stop the server.
