@@ -31,7 +31,7 @@ from devboxd.engine.base import EngineError
 from devboxd.engine.blocking import finished
 from devboxd.engine.credits import Credits
 from devboxd.engine.pool import Pool
-from devboxd.engine.processes import piped
+from devboxd.engine.processes import BOUNDED, piped
 from devboxd.engine.volumes import Volume
 from devboxd.errors import SetupError
 
@@ -485,7 +485,7 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def _remove_tree(path: Path) -> None:
-    command = ("rm", "-rf", "--one-file-system", "--", path)
+    command = (*BOUNDED, "rm", "-rf", "--one-file-system", "--", path)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EngineError(f"cannot delete {path}: {_last_line(done.stderr)}; look at the disk's health")

@@ -6,16 +6,14 @@ Of the same files they are always the same bytes: holes and order do not count, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from devboxd.engine import packing, unpacking
 from devboxd.engine.processes import piped
 
-_ATTRIBUTES = ("--xattrs", "--xattrs-include=*", "--numeric-owner", "--warning=none")
-_ARCHIVE = (
-    *("tar", "--create", "--file=-", "--sort=name", "--sparse", "--sparse-version=0.0"),
-    *("--format=pax", "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime", *_ATTRIBUTES),
-)
+_PROGRAM = (sys.executable, "-I", "-m")
 _HASH = ("sha256sum",)
 
 
@@ -34,9 +32,9 @@ async def archive(folder: Path, target: Path) -> str:
 
 
 async def extract(source: Path, folder: Path) -> None:
-    """Fill a new folder with all that is in an archive. Raises EngineError, also for names too long for this way."""
-    unpacking = ("tar", "--extract", "--preserve-permissions", "--same-owner", *_ATTRIBUTES, f"--directory={folder}")
-    await piped((*unpacking, f"--file={source}"), what=f"bring back {folder}")
+    """Fill a new folder with all that is in an archive, also one that GNU tar wrote. Raises EngineError."""
+    command = (*_PROGRAM, unpacking.__name__, str(source), str(folder))
+    await piped(command, what=f"bring back {folder}")
 
 
 async def file_digest(file: Path) -> str:
@@ -45,7 +43,7 @@ async def file_digest(file: Path) -> str:
 
 
 def _packing(folder: Path) -> Sequence[str]:
-    return (*_ARCHIVE, f"--directory={folder}", ".")
+    return (*_PROGRAM, packing.__name__, str(folder))
 
 
 def _sum(output: bytes) -> str:

@@ -13,7 +13,7 @@ from devboxd.engine.base import EngineError
 MOST_MEMORY = 1 << 30
 """Bytes of addresses for each program: as much as the smallest box has, for what boxes nest makes programs grow."""
 _SAID = 4096
-_BOUNDED = ("nice", "choom", "--adjust", "500", "--", "prlimit", f"--as={MOST_MEMORY}", "--")
+BOUNDED = ("nice", "choom", "--adjust", "500", "--", "prlimit", f"--as={MOST_MEMORY}", "--")
 """The kernel takes such a program before the server, whose place in that order it would inherit."""
 
 
@@ -36,7 +36,7 @@ async def piped(*commands: Sequence[str], what: str) -> bytes:
                 try:
                     running.append(
                         await asyncio.create_subprocess_exec(
-                            *_BOUNDED, *command, stdin=above, stdout=writing, stderr=PIPE
+                            *BOUNDED, *command, stdin=above, stdout=writing, stderr=PIPE
                         )
                     )
                 finally:
