@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -127,7 +128,9 @@ def _has(client: Api, box: str, how: str, number: int) -> bool:
 
 def _snapshot_holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
     """Whole by its digest, and a devbox from it has every file that was there before."""
-    done = subprocess.run([PROGRAM, "snapshot", "verify", fact["id"]], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "DEVBOXD_KEY": (STATE / "first-key").read_text().strip(), "DEVBOXD_URL": URL}
+    verify = [PROGRAM, "snapshot", "verify", fact["id"]]
+    done = subprocess.run(verify, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout, done.stderr, file=sys.stderr)
         return False
