@@ -36,21 +36,16 @@ def shown(file: Path) -> bool:
 
 
 @contextlib.contextmanager
-def attached(
-    file: Path, *, new: bool = False, known: str | None = None, read_only: bool = False, holes: bool = True
-) -> Iterator[str]:
+def attached(file: Path, *, new: bool = False, known: str | None = None, read_only: bool = False) -> Iterator[str]:
     """The path of the device of a file: the one that there is, for two on one file would destroy it, or a new one.
 
     It lasts as long as the block or another user. `new`: nobody else can have attached the file; `known`: the device
-    that it had last; `holes`: what is discarded leaves the file, else nothing ever does. Who attaches the same file at
-    the same time must be kept out by the caller. Raises OSError.
+    that it had last. Who attaches the same file at the same time must be kept out by the caller. Raises OSError.
     """
     with contextlib.ExitStack() as opened:
         there = None if new else _open_existing(file, known)
         path, device = there or _make(file, read_only)
         opened.callback(os.close, device)
-        if not read_only:
-            _allow_discards(os.path.basename(path), holes)
         yield path
 
 
@@ -75,15 +70,6 @@ def devices() -> list[tuple[str, str]]:
                 file = Path("/sys/block", name, "loop/backing_file").read_text().rstrip("\n")
                 found.append((name, "/".join(file.split("/")[-2:])))
     return found
-
-
-def _allow_discards(name: str, allowed: bool) -> None:
-    """The kernel keeps this of a device over its files."""
-    queue = Path("/sys/block", name, "queue")
-    with contextlib.suppress(OSError):  # a file system below that knows no holes
-        most = (queue / "discard_max_hw_bytes").read_text() if allowed else "0"
-        if (queue / "discard_max_bytes").read_text() != most:
-            (queue / "discard_max_bytes").write_text(most)
 
 
 def _candidates(file: Path, known: str | None) -> Iterator[str]:

@@ -267,7 +267,7 @@ class Pool:
             yield file.fileno()
 
     def _use_all(self) -> None:
-        with loops.attached(self.file, holes=False) as device:
+        with loops.attached(self.file) as device:
             loops.grow(device)
         btrfs.grow(self.folder)
 
@@ -303,7 +303,7 @@ class Pool:
     def _mount_file(self) -> None:
         pinned = self.in_use
         try:
-            with loops.attached(self.file, holes=False) as path:
+            with loops.attached(self.file) as path:
                 linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "nodiscard")
         except OSError as error:
             raise (PoolBroken if pinned else SetupError)(
