@@ -260,6 +260,7 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it() 
             assert (answer.status_code, "cut short" in answer.text) == (503, True), answer.text
             assert "devboxd_pool_writable 0.0" in api.http.get("/metrics").text
             assert "cut short" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
+            assert any("cut short" in str(line["message"]) for line in _log_of(api, box))
             server.kill()
             server.start()
             assert api.wait_box(box, "suspended")

@@ -80,8 +80,12 @@ class Incidents:
         used = self._engine.disk_used(devbox.id) or 0
         room = self._engine.disk_room(devbox.id)
         full = seen.full if room is None else room < (_ROOM if seen.full else FULL)
-        held = self._engine.disks_held
-        now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full or held)
+        held = ""
+        if (trouble := self._engine.trouble) is not None:
+            held = f"the storage of the host has failed, nothing can be written: {trouble}"
+        elif self._engine.disks_held:
+            held = "the disk of the host is full: nothing can be written until there is room on it"
+        now = _Seen(devbox.boots, max(seen.kills, self._engine.oom_kills(devbox.id)), full or bool(held))
         fresh = news(seen, now, size, used, held)
         try:
             if fresh:
@@ -107,8 +111,8 @@ class Incidents:
         return self._folder / devbox_id / "incidents"
 
 
-def news(seen: _Seen, now: _Seen, size: Resources, used: int, held: bool = False) -> list[Incident]:
-    """What is to be told between two looks. `used`: bytes on the disk; `held`: the machine itself has no more room."""
+def news(seen: _Seen, now: _Seen, size: Resources, used: int, held: str = "") -> list[Incident]:
+    """What is to be told between two looks. `used`: bytes on the disk; `held`: why the machine itself takes no more."""
     found = []
     if (kills := now.kills - seen.kills) > 0:
         processes = "a process" if kills == 1 else f"{kills} processes"
@@ -118,7 +122,7 @@ def news(seen: _Seen, now: _Seen, size: Resources, used: int, held: bool = False
         share = f"{used / GIB:.2f} of {size.disk_bytes / GIB:g} GiB are used"
         text = f"the disk is full: {share}; delete files" if now.full else f"the disk has room again: {share}"
         if held:
-            text = f"the disk of the host is full: nothing can be written until there is room on it; {share}"
+            text = f"{held}; {share}"
         found.append(Incident(now_ms(), "disk_full" if now.full else "disk_room", text))
     return found
 
