@@ -244,7 +244,8 @@ def test_a_pool_that_is_filled_while_no_server_runs_harms_none(large: Disk) -> N
         server.stop()
 
 
-def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it() -> None:
+@pytest.mark.parametrize("command", [False, True], ids=["serve", "storage recover"])
+def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(command: bool) -> None:
     """Its file is cut short below the living boxes, by a part in which nothing lies yet."""
     server = Server(warm_boxes="1")
     try:
@@ -261,7 +262,12 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it() 
             assert "devboxd_pool_writable 0.0" in api.http.get("/metrics").text
             assert "cut short" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
             assert any("cut short" in str(line["message"]) for line in _log_of(api, box))
+            assert "cut short" in _doctor(server)
             server.kill()
+            if command:
+                assert box in server.command("storage", "recover", "--state", str(server.state))
+                again = server.command("storage", "recover", "--state", str(server.state))
+                assert again == "the storage works; nothing was to be done\n"
             server.start()
             assert api.wait_box(box, "suspended")
             assert api.http.get("/healthz").status_code == 200
@@ -273,6 +279,15 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it() 
             server.start()
     finally:
         server.stop()
+
+
+def _doctor(server: Server) -> str:
+    """What doctor says. It is no error: `serve` can start, and recovers the storage then."""
+    command = [server.program, "doctor"]
+    environment = {**server.environment(), "DEVBOXD_STATE": str(server.state)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def _log_of(api: Api, box: str) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import structlog
@@ -138,7 +139,9 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         parts_of = (store, boxes, journals, records, looking)
         executions = Executions(*parts_of, per_box=settings.executions_per_box, in_all=most)
         stack.push_async_callback(executions.close)
-        engine = OciEngine(settings, instance, Network(settings, instance))
+        engine = OciEngine(
+            settings, instance, Network(settings, instance), partial(boot.mark_storage_failed, settings.state)
+        )
         images = Images(settings)
         incidents = Incidents(engine, journals.folder)
         changes = Changes(store, Clock())
@@ -234,7 +237,7 @@ async def _start(
     stack.push_async_callback(engine.close)
     stack.push_async_callback(_part, devboxes)
     stack.push_async_callback(snapshots.close)
-    await devboxes.open(boot.interruption(settings.state) or engine.interruption)
+    await devboxes.open(boot.interruption(settings.state))
     await snapshots.open()
     boot.remember(settings.state)
     ready.state = None

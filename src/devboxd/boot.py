@@ -8,6 +8,8 @@ from devboxd.engine import linux
 
 _FILE = "boot-id"
 _RESTORED = "restored"
+_STORAGE = "storage"
+_REASONS = {_RESTORED: "it was restored from a backup", _STORAGE: "the storage of the host failed"}
 _BACKUP = "last-backup"
 """An empty file, of which the time counts."""
 
@@ -17,7 +19,7 @@ def interruption(state: Path) -> str | None:
     path = state / _FILE
     if not path.exists() or (last := path.read_text().strip()) == linux.boot_id():
         return None
-    return "it was restored from a backup" if last == _RESTORED else "the host was restarted"
+    return _REASONS.get(last, "the host was restarted")
 
 
 def remember(state: Path) -> None:
@@ -28,6 +30,11 @@ def remember(state: Path) -> None:
 def mark_restored(state: Path) -> None:
     """Let the next server know that its folder comes from a backup."""
     _write(state, _RESTORED)
+
+
+def mark_storage_failed(state: Path) -> None:
+    """Let the next server know that boxes are ended because the storage failed. To be called before they are."""
+    _write(state, _STORAGE)
 
 
 def mark_backup(state: Path) -> None:

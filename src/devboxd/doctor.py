@@ -23,6 +23,7 @@ from devboxd.devboxes.views import SIZES
 from devboxd.engine import cgroups, linux, lxcfs, network, recipe, volumes, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
+from devboxd.engine.pool import Pool
 from devboxd.engine.processes import which
 from devboxd.errors import SetupError
 
@@ -282,6 +283,9 @@ def _storage(settings: Settings) -> Check:
     missing = volumes.lack()
     if (settings.state / "pool.btrfs").exists() and missing:
         return Check(name, "error", missing, "disks can be neither made nor opened", _VOLUMES)
+    if why := _storage_trouble(settings.state):
+        cure = "restart the server, or stop it and run devboxd storage recover: boxes are suspended then"
+        return Check(name, "warning", why, "boxes cannot write, and none can be made", cure)
     if (settings.state / "pool.btrfs").exists() or (
         missing is None and probes.file_system(settings.state)[0] == "btrfs"
     ):
@@ -300,6 +304,15 @@ def _storage(settings: Settings) -> Check:
     slow = "" if seconds is None else f", here about {seconds:.1f} s for each 10,000 files"
     follows = f"disks have no limits, and a snapshot stops its box while it copies{slow}"
     return Check(name, "warning", lack, follows, cure)
+
+
+def _storage_trouble(state: Path) -> str | None:
+    """Why nothing can be written to a pool that is in use; None where all is well or none is."""
+    pool = Pool(state)
+    if os.geteuid() != 0 or not pool.folder.is_dir() or not pool.mounted:
+        return None
+    pool.look()
+    return pool.trouble()
 
 
 def _disks(settings: Settings) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -9,10 +10,16 @@ import shutil
 import sqlite3
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from devboxd import probes
+from devboxd import boot, probes
+from devboxd.config import Settings
+from devboxd.engine.base import EngineError
 from devboxd.engine.disks import Disks
+from devboxd.engine.instance import claim
+from devboxd.engine.network import Network
+from devboxd.engine.oci import OciEngine
 from devboxd.engine.pool import Kind, Pool
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
@@ -135,6 +142,32 @@ def check(state: Path) -> int:
     else:
         command = [program, "check", "--readonly", str(pool.file)]
     return 1 if subprocess.run(command, check=False).returncode else 0
+
+
+def recover(settings: Settings) -> set[str] | None:
+    """Make a broken pool usable again while no server runs, by ending the boxes that hold on to it.
+
+    Gives those whose disks are there, None where nothing was broken. The next server has them suspended. Raises
+    SetupError.
+    """
+    _found(settings.state)
+    instance = claim(settings.state)
+    try:
+        engine = OciEngine(
+            settings, instance, Network(settings, instance), partial(boot.mark_storage_failed, settings.state)
+        )
+        return asyncio.run(_recover(engine))
+    except EngineError as error:
+        raise SetupError(str(error)) from error
+    finally:
+        instance.close()
+
+
+async def _recover(engine: OciEngine) -> set[str] | None:
+    try:
+        return await engine.recover()
+    finally:
+        await engine.close()
 
 
 def _found(state: Path) -> Pool:

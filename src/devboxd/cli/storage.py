@@ -64,3 +64,25 @@ def storage_check(config: Path | None, state: Path | None) -> None:
     from devboxd import storage as module
 
     sys.exit(module.check(load_settings(config, state=state).state))
+
+
+@storage.command("recover")
+@config_option
+@state_option
+def storage_recover(config: Path | None, state: Path | None) -> None:
+    """Make storage usable again that broke, while no server runs.
+
+    `serve` does the same when it starts. Devboxes that run are ended, for they hold on to what is broken; their disks
+    stay, and they are suspended when a server runs again. Nothing happens to storage that works.
+    """
+    from devboxd import logs
+    from devboxd import storage as module
+
+    logs.configure("auto")
+    kept = module.recover(load_settings(config, state=state))
+    if kept is None:
+        click.echo("the storage works; nothing was to be done")
+        return
+    click.echo("the storage works again; these are suspended, and can be resumed once a server runs:")
+    for box in sorted(kept):
+        click.echo(box)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import resource
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,19 @@ def keep_agent(source: Path, folder: Path) -> Path:
 def hosts(hostname: str, address: str) -> str:
     """What is in /etc/hosts of a box."""
     return f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{hostname}\n"
+
+
+def listen(folder: Path) -> socket.socket:
+    """The agent's listening socket at `folder`/agent.sock, whatever the length of that path."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{descriptor}/agent.sock")
+        (folder / "agent.sock").chmod(0o600)
+        listener.listen(8)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.close(descriptor)
+    return listener

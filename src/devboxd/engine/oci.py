@@ -21,7 +21,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,16 @@ class Record:
 class OciEngine:
     """The engine of one instance. See `Engine` for what each method promises."""
 
-    def __init__(self, settings: Settings, instance: Instance, network: Network) -> None:
-        """Raises SetupError when the runtime, libseccomp or the controllers of cgroups are missing."""
+    def __init__(
+        self,
+        settings: Settings,
+        instance: Instance,
+        network: Network,
+        before_recovery: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`before_recovery` notes that all boxes are about to be ended for the storage's sake.
+
+        Raises SetupError when the runtime, libseccomp or the controllers of cgroups are missing."""
         runtime = which(settings.runtime)
         if runtime is None:
             raise SetupError(
@@ -109,8 +117,7 @@ class OciEngine:
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
-        self.interruption: str | None = None
-        """Why this server had to end all boxes that there were."""
+        self._before_recovery = before_recovery
         self._upkeep = Upkeep(self._pool, self._disks, self._reserve)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
@@ -141,10 +148,7 @@ class OciEngine:
 
     async def _open(self, kept: Collection[str]) -> None:
         await finished(self._reserve.tend)
-        try:
-            await finished(self._disks.open)
-        except PoolBroken as error:
-            await self._recover(str(error))
+        await self.recover()
         if self._settings.disk_bytes_per_second:
             self._cgroups.disks = await finished(self._disks_below)
         self._cgroups.open()
@@ -173,16 +177,25 @@ class OciEngine:
         self._tasks.start(self._spares.keep(), "spare copies of snapshots")
         self._tasks.start(Turns(self._cgroups).keep(), "turns of boxes")
 
-    async def _recover(self, why: str) -> None:
-        """End the boxes that hold on to a broken pool, and open it anew. Raises SetupError."""
-        _log.error("the storage is broken: its boxes are ended, and it is opened anew", reason=why)
-        self.interruption = "the storage of the host failed"
+    async def recover(self) -> set[str] | None:
+        """Open the storage. One that is broken is opened anew, after the boxes that hold on to it were ended.
+
+        Gives the boxes whose disks are there then, None where nothing was broken. Raises SetupError.
+        """
+        try:
+            await finished(self._disks.open)
+            return None
+        except PoolBroken as error:
+            _log.error("the storage is broken: its boxes are ended, and it is opened anew", reason=str(error))
+        self._before_recovery()
         for box_id in self._traces():
             if (record := self._record(box_id)) and record.lives():
                 await self._kill(record, box_id)
         await finished(self._pool.release)
         await finished(self._disks.open)
-        _log.warning("the storage was recovered", suspended=sorted(self._disks.boxes()))
+        kept = self._disks.boxes()
+        _log.warning("the storage was recovered", suspended=sorted(kept))
+        return kept
 
     def _disks_below(self) -> set[str]:
         """The disks that boxes read and write. Raises SetupError when there is none to be found."""
@@ -457,7 +470,7 @@ class OciEngine:
         if kept:
             self._disks.refresh(spec.box_id, files)
         self._cgroups.create(spec.box_id, spec.resources)
-        with _listen(folder) as listener, self._disks.tree(spec.box_id) as disk:
+        with bundle.listen(folder) as listener, self._disks.tree(spec.box_id) as disk:
             linux.private_mounts()
             rootfs.assemble(self._place, spec.image.layers, disk, slot.user, self._instance.uid_base(slot.index))
             machine.lend_agent(self._place, self._agent)
@@ -560,22 +573,6 @@ def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) 
         os.close(pidfd)
     status = process.wait()
     return status if in_time else None
-
-
-def _listen(folder: Path) -> socket.socket:
-    """The agent's listening socket at `folder`/agent.sock, whatever the length of that path."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{descriptor}/agent.sock")
-        (folder / "agent.sock").chmod(0o600)
-        listener.listen(8)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.close(descriptor)
-    return listener
 
 
 def _last_words(folder: Path) -> str:
