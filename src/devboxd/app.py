@@ -129,7 +129,6 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         stack.push_async_callback(background.close)
         background.start(watcher.run(), "journal watcher")
         background.start(systemd.watchdog(), "systemd's watchdog")
-        files = Files()
         journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
         boxes = Boxes()
         looking = Looking(store, boxes, journals, watcher, closing)
@@ -142,6 +141,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         engine = OciEngine(
             settings, instance, Network(settings, instance), partial(boot.mark_storage_failed, settings.state)
         )
+        files = Files(engine.entrances)
         images = Images(settings)
         incidents = Incidents(engine, journals.folder)
         changes = Changes(store, Clock())

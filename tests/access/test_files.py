@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
+import httpx
 import pytest
 
 from support.api import Api
@@ -198,3 +199,32 @@ def test_text_over_100_mb_names_download_file(api: Api, box: str) -> None:
     with api.http.stream("POST", f"/v1/devboxes/{box}/download_file", json={"path": "large"}) as answer:
         assert sum(len(piece) for piece in answer.iter_bytes()) == 100_000_001
     api.output(box, "rm large")
+
+
+def _upload(api: Api, box: str, path: str, content: bytes) -> httpx.Response:
+    return api.http.post(f"/v1/devboxes/{box}/upload_file", data={"path": path}, files={"file": content})
+
+
+@pytest.mark.parametrize("path", ["/dev/shm/large", "link/large"])
+def test_what_lies_in_memory_counts_for_the_devbox_and_not_for_the_server(api: Api, box: str, path: str) -> None:
+    api.output(
+        box, "sudo install -d -o user /run/mine; ln -sfn /run/mine link; mkdir -p /dev/shm; echo small >/run/mine/large"
+    )
+    content = os.urandom(48 << 20)
+    before = api.call("GET", f"/v1/devboxes/{box}/usage")["live"]["memory_bytes"]
+    answer = _upload(api, box, path, content)
+    assert answer.headers["x-upload-sha256"] == hashlib.sha256(content).hexdigest()
+    assert api.output(box, f"sha256sum <{path}").split()[0] == hashlib.sha256(content).hexdigest()
+    after = api.call("GET", f"/v1/devboxes/{box}/usage")["live"]["memory_bytes"]
+    assert after - before > 40 << 20
+    api.output(box, f"rm {path}")
+
+
+def test_more_than_fits_into_memory_is_507_and_leaves_nothing(api: Api, box: str) -> None:
+    room = int(api.output(box, "sudo install -d -o user /run/mine; df --output=avail -B1 /run | tail -1"))
+    kept = api.output(box, "echo kept >/run/mine/file; ls -a /run/mine")
+    answer = _upload(api, box, "/run/mine/file", bytes(room + (8 << 20)))
+    assert answer.status_code == 507
+    assert "no space left on device" in answer.json()["message"]
+    assert api.output(box, "ls -a /run/mine") == kept
+    assert api.output(box, "cat /run/mine/file") == "kept\n"

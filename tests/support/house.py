@@ -153,7 +153,8 @@ class House:
         incidents = Incidents(self.engine, journals.folder)
         changes = Changes(store, self._clock)
         means = Means(
-            changes, self.engine, executions, looking, Files(), incidents, closing, {"PATH": "/usr/bin:/bin"},
+            changes, self.engine, executions, looking, Files(lambda _: ()), incidents, closing,
+            {"PATH": "/usr/bin:/bin"},
             settings.suspend_keep_memory_seconds, lambda _: self._image,
         )  # fmt: skip
         warm = Warm(self.engine, lambda: self._image, {}, 0)

@@ -10,11 +10,13 @@ import asyncio
 import errno
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from devboxd.access import memory
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, OpenedTarget
 from devboxd.agent.protocol import Stage
 from devboxd.engine.blocking import finished
@@ -113,8 +115,10 @@ class OpenFile:
 class Files:
     """Reads and writes files in boxes as the box's user."""
 
-    def __init__(self) -> None:
+    def __init__(self, entrances: Callable[[str], Sequence[Path]]) -> None:
+        """`entrances`: the files by which a process enters the cgroups of a box, by the box's id."""
         self._pieces = Pieces()
+        self._entrances = entrances
 
     async def open(self, box: Box, path: str) -> OpenFile:
         """Open a regular file. Raises ApiError: 400 for a wrong path or type, 403, 404."""
@@ -165,11 +169,10 @@ class Files:
             target, who = await as_user(box, who, path, write)
         except (AgentError, AgentClosedError) as error:
             raise _explained(error, "write", path) from error
-        sink = _Sink(target.fd, target.pipe)
         done = not target.temporary  # the file itself is written: there is nothing to rename
         try:
             try:
-                await pour(sink)
+                sink = await self._filled(box, target, pour)
             finally:
                 await finished(partial(os.close, target.fd))
             if not done:
@@ -181,6 +184,17 @@ class Files:
             if not done:
                 await _unlink(agent, who, target.temporary)
         return Written(sink.size, sink.digest.hexdigest())
+
+    async def _filled(self, box: Box, target: OpenedTarget, pour: Callable[[_Sink], Awaitable[None]]) -> _Sink:
+        """Pour all into what was opened. Raises OSError, and what `pour` raises."""
+        if target.pipe or not memory.in_memory(target.fd):
+            sink = _Sink(target.fd, target.pipe)
+            await pour(sink)
+            return sink
+        async with memory.writer(target.fd, self._entrances(box.id)) as pipe:
+            sink = _Sink(pipe, pipe=True)
+            await pour(sink)
+        return sink
 
 
 class _Sink:

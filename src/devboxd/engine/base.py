@@ -150,6 +150,9 @@ class Engine(Protocol):
     def trouble(self) -> str | None:
         """Why no box can write to its disk, whatever room there is; None when all is well."""
 
+    def entrances(self, box_id: str) -> list[Path]:
+        """The files into which a process with one thread writes 0 to enter the box's cgroups."""
+
     def short_of(self) -> str | None:
         """Why the machine has no room for another box, None when it has."""
 

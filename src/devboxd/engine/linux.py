@@ -140,6 +140,13 @@ def settle(tree: int, target: Path) -> None:
     _call(_MOVE_MOUNT, what, tree, b"", _AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH)
 
 
+def file_system_kind(descriptor: int) -> int:
+    """The kernel's number of the kind of file system on which an open file lies (see statfs(2)). Raises OSError."""
+    found = (ctypes.c_long * 32)()
+    _check(_libc.fstatfs(descriptor, ctypes.byref(found)), "fstatfs")
+    return int(found[0])
+
+
 def has_file_system(kind: str) -> bool:
     """Whether the kernel knows a kind of file system, once it has been asked to load it."""
     if kind not in _FILE_SYSTEMS.read_text().split():

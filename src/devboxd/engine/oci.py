@@ -421,6 +421,10 @@ class OciEngine:
         used = self._cgroups.figures(box_id)
         return replace(used, network_in_bytes=into, network_out_bytes=out_of, disk_bytes=self.disk_used(box_id))
 
+    def entrances(self, box_id: str) -> list[Path]:
+        """By its cgroups."""
+        return self._cgroups.entrances(box_id)
+
     def oom_kills(self, box_id: str) -> int:
         """How many processes of the box the kernel has killed for lack of memory so far."""
         return self._cgroups.oom_kills(box_id)
