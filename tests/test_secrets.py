@@ -34,7 +34,7 @@ def test_no_log_config_or_list_of_processes_has_a_secret(own_server: Server) -> 
         api.http.post(f"/v1/devboxes/{box}/execute_sync", json={"command": "exit 1", "unknown": f"{MARK}-field"})
         state = own_server.state
         places = [own_server.log, *Path("/run/devboxd").rglob("*")]
-        searched = [path for path in places if path.is_file()]
+        searched = [path for path in places if "lxcfs" not in path.parts and path.is_file()]  # those are the kernel's
         assert len(searched) >= 3
         for path in searched:
             text = path.read_bytes()
