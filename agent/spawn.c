@@ -306,11 +306,12 @@ static bool proc_read(pid_t pid, const char *name, char *text, size_t size) {
     return n > 0;
 }
 
-/* A bash that is not interactive lets its background jobs ignore SIGINT. */
+/* A bash that is not interactive lets its background jobs ignore SIGINT and SIGQUIT. */
 static bool in_background(pid_t pid) {
     static char text[4096];
     char *line = proc_read(pid, "status", text, sizeof text) ? strstr(text, "\nSigIgn:") : NULL;
-    return !line || strtoull(line + strlen("\nSigIgn:"), NULL, 16) >> (SIGINT - 1) & 1;
+    unsigned long long both = 1ULL << (SIGINT - 1) | 1ULL << (SIGQUIT - 1);
+    return !line || (strtoull(line + strlen("\nSigIgn:"), NULL, 16) & both) == both;
 }
 
 /* The program for which a bash waits. With `bash -c` that one would often be the process that was launched, for a bash

@@ -244,8 +244,9 @@ def test_a_pool_that_is_filled_while_no_server_runs_harms_none(large: Disk) -> N
         server.stop()
 
 
+@pytest.mark.parametrize("end", ["kill", "terminate"])
 @pytest.mark.parametrize("command", [False, True], ids=["serve", "storage recover"])
-def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(command: bool) -> None:
+def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(command: bool, end: str) -> None:
     """Its file is cut short below the living boxes, by a part in which nothing lies yet."""
     server = Server(warm_boxes="1")
     try:
@@ -263,7 +264,7 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(co
             assert "cut short" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
             assert any("cut short" in str(line["message"]) for line in _log_of(api, box))
             assert "cut short" in _doctor(server)
-            server.kill()
+            getattr(server, end)()
             if command:
                 assert box in server.command("storage", "recover", "--state", str(server.state))
                 again = server.command("storage", "recover", "--state", str(server.state))

@@ -95,3 +95,19 @@ def test_a_named_shell_knows_the_status_of_the_command_before(api: Api, box: str
         api.run(box, c, shell_name="status")["stdout"] for c in ("true", "echo $?", "(exit 7)", "echo $?", "--version")
     ]
     assert said == ["", "0\n", "", "7\n", ""]
+
+
+@pytest.mark.parametrize("profile", ["exec 9>/tmp/lock; flock 9", "exec 9</etc/passwd", "exec 9<&-"])
+@pytest.mark.parametrize("shell", [None, "taken"])
+def test_a_profile_that_takes_the_descriptor_of_commands_is_told(
+    api: Api, box: str, profile: str, shell: str | None
+) -> None:
+    """Nothing else is run in their place, and nothing looks as if it had been done."""
+    api.write(box, "/home/user/.profile", profile + "\n")
+    try:
+        done = api.run(box, "touch /tmp/done", **({} if shell is None else {"shell_name": shell + profile}))
+        assert done["exit_status"] == 126
+        assert shell is not None or "descriptor 9" in done["stderr"]
+    finally:
+        api.write(box, "/home/user/.profile", "")
+    assert api.run(box, "test -e /tmp/done")["exit_status"] == 1

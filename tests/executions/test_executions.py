@@ -256,7 +256,7 @@ def test_kill_ends_the_process_and_leaves_its_children(api: Api, box: str) -> No
     api.output(box, f"kill {child}")
 
 
-@pytest.mark.parametrize("command", ["exec 1>&-; {}", "cd /tmp && {}", "{}", "true; {}; echo no"])
+@pytest.mark.parametrize("command", ["exec 1>&-; {}", "cd /tmp && {}", "{}", "true; {}; echo no", "trap '' INT; {}"])
 def test_kill_ends_the_program_for_which_the_shell_waits(api: Api, box: str, command: str) -> None:
     execution = api.start(box, "sleep 62.5 & " + command.format("sleep 61.5"))
     while api.run(box, "pgrep -fx 'sleep 61.5'")["exit_status"] != 0:

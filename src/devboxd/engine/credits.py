@@ -126,7 +126,7 @@ class Credits:
         wanted = sum(need.wanted for _, need in needs)
         self._owed = sum(need.owed for _, need in needs)
         ahead = self._owed + min(wanted, _AHEAD)
-        while self._pool.grow(ahead - self._pool.room()):  # a larger one keeps more for itself
+        while grows and self._pool.grow(ahead - self._pool.room()):  # a larger one keeps more for itself
             pass
         room, below = self._pool.room(), self._pool.below()
         left = room - self._owed + (below if grows and room >= ahead and below >= _AHEAD else 0)

@@ -78,6 +78,8 @@ class Pool:
                 raise PoolBroken(f"cannot use the pool of disks: {why}; end the boxes that use it, or restart the host")
         if self.file.exists() or (not mounted and self._may_be_file() and self._make_file()):
             if not mounted:
+                if self.in_use and self._cut_short():
+                    raise PoolBroken(f"cannot use the pool of disks: its file {self.file} was cut short below boxes")
                 self._mend_length()
             self.fill()
             if not mounted:
@@ -150,13 +152,17 @@ class Pool:
         """
         if self.kind != "file" or lacking <= 0:
             return False
-        step = min(max(lacking, _STEP), self.below())
-        if step < _UNIT:
+        step = min(max(lacking, _STEP), self.below() - self.holes)
+        if step < _UNIT or self.trouble() is not None:
             return False
         with self._sizing() as file:
             size = os.fstat(file).st_size
             wanted = (size + step) // _UNIT * _UNIT
-            linux.allocate(file, wanted)
+            try:
+                linux.allocate(file, wanted)
+            except OSError:
+                os.ftruncate(file, size)  # what it took so far
+                raise
             self._use_all()
         _log.info("storage has grown", was=size, bytes=wanted)
         return True
@@ -236,10 +242,15 @@ class Pool:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             _log.warning("storage was checked", damage=bool(done.returncode), said=done.stderr.strip()[-500:])
 
+    def _cut_short(self) -> bool:
+        """Whether the file is shorter than the file system on it. Raises OSError."""
+        with self.file.open("rb") as file:
+            return os.fstat(file.fileno()).st_size < _total(file.fileno())
+
     def _mend_length(self) -> None:
         """A file that was cut short is of no use; what was lost is read as zeros. Raises OSError."""
         with self.file.open("r+b") as file:
-            (total,) = struct.unpack("<Q", os.pread(file.fileno(), 8, _SUPERBLOCK + _TOTAL) or bytes(8))
+            total = _total(file.fileno())
             if os.fstat(file.fileno()).st_size < total <= self.most():
                 _log.error("the storage's file was cut short; what was lost is empty", bytes=total)
                 linux.allocate(file.fileno(), total)
@@ -324,3 +335,9 @@ def _allocated(file: Path, size: int) -> bool:
                 return False
             raise
     return True
+
+
+def _total(file: int) -> int:
+    """The bytes of the file system on a file, by its superblock; 0 where there is none. Raises OSError."""
+    (total,) = struct.unpack("<Q", os.pread(file, 8, _SUPERBLOCK + _TOTAL) or bytes(8))
+    return int(total)

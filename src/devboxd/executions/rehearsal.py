@@ -15,7 +15,7 @@ import structlog
 from devboxd.agent import messages
 from devboxd.agent.client import AgentClient, AgentError
 from devboxd.agent.protocol import ProtocolError, encode_record
-from devboxd.executions.shells import READ_SCRIPT
+from devboxd.executions.shells import READ_SCRIPT, command_script
 
 _log = structlog.get_logger()
 _KEY = "rehearsal"
@@ -36,7 +36,9 @@ async def rehearse(socket: Path, user: str, environment: Mapping[str, str]) -> N
             )
             try:
                 await agent.list()
-                record = encode_record(["bash", "-lc", READ_SCRIPT], environment, user=user, script=b":")
+                record = encode_record(
+                    ["bash", "-lc", READ_SCRIPT], environment, user=user, script=command_script(b":")
+                )
                 with messages.memory("stdout", b"") as stdout, messages.memory("stderr", b"") as stderr:
                     await agent.spawn(_KEY, record, stdout, stderr, None, _MOST_BYTES)
                     await ended.wait()

@@ -29,7 +29,15 @@ from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
-from devboxd.executions.shells import READ_DRIVER, READ_SCRIPT, SHELLS_MAX, Shell, shell_key, shell_script
+from devboxd.executions.shells import (
+    READ_DRIVER,
+    READ_SCRIPT,
+    SHELLS_MAX,
+    Shell,
+    command_script,
+    shell_key,
+    shell_script,
+)
 from devboxd.executions.starting import begin
 from devboxd.executions.stdin import Stdin
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
@@ -338,7 +346,7 @@ class Executions:
             if row.shell_name is not None:
                 await self._run_in_shell(box, agent, box.shell(row.shell_name), row, (out, err, stdin))
                 return
-            text = row.command.encode()
+            text = command_script(row.command.encode())
             cap = self._journals.rations.promise(box.id, row.id)
 
             async def spawn(record: bytes) -> None:

@@ -159,17 +159,33 @@ def shell_key(name: str) -> str:
     return "sh-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+_MARK = "__devboxd=;"
+"""Begins each script, so that nothing is run that a profile opened in its place. /bin/sh runs it to no effect."""
+_TAKEN = (
+    r'\builtin printf "devboxd: cannot run the command: a profile uses descriptor 9, by which it comes; '
+    r'let the profile use another\n" >&2; \builtin exit 126'
+)
 READ_SCRIPT = (
-    r'{ \builtin mapfile -d "" -u 9 BASH_EXECUTION_STRING; \command exec 9<&-; } >/dev/null 2>&1; '
-    r'\builtin eval -- "$BASH_EXECUTION_STRING"'
+    r'{ \unset -f builtin command; __devboxd_r=; \builtin mapfile -d "" -u 9 __devboxd_r; '
+    rf'\builtin [ "$__devboxd_r" != "${{__devboxd_r#"{_MARK}"}}" ] '
+    rf'&& BASH_EXECUTION_STRING=${{__devboxd_r#"{_MARK}"}} && \command exec 9<&- '
+    rf"|| BASH_EXECUTION_STRING='{_TAKEN}'; "
+    r'\builtin unset __devboxd_r; } >/dev/null 2>&1; \builtin eval -- "$BASH_EXECUTION_STRING"'
 )
 """Runs the script at descriptor 9: one of any size, which no list of processes shows, neither here nor on the host."""
 
 READ_DRIVER = (
     r"\unset -f builtin command; \builtin shopt -u expand_aliases; "
-    r'\builtin mapfile -d "" -u 9 __devboxd_r; \builtin exec 9<&-; \builtin eval "${__devboxd_r[0]}"'
+    r'__devboxd_r=; \builtin mapfile -d "" -u 9 __devboxd_r; '
+    rf'\builtin [ "$__devboxd_r" != "${{__devboxd_r#"{_MARK}"}}" ] || \builtin exit 126; '
+    rf'\command exec 9<&-; \builtin eval "${{__devboxd_r#"{_MARK}"}}"'
 )
 """Runs the driver at descriptor 9, behind which a record may stand."""
+
+
+def command_script(command: bytes) -> bytes:
+    """The script that READ_SCRIPT reads for a command."""
+    return _MARK.encode() + command
 
 
 def shell_script(key: str, kept: bytes = b"") -> bytes:
@@ -177,7 +193,7 @@ def shell_script(key: str, kept: bytes = b"") -> bytes:
 
     It begins with the last record of its state, or with the one that was `kept` from before its box was suspended.
     """
-    return DRIVER.replace("KEY", key).encode() + b"\0" + kept
+    return f"{_MARK}{DRIVER.replace('KEY', key)}".encode() + b"\0" + kept
 
 
 class Shell:
