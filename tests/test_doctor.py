@@ -270,3 +270,15 @@ def _as_stranger(cache: Path, *arguments: str) -> subprocess.CompletedProcess[st
     environment = {**os.environ, "COLUMNS": "40", "DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_CACHE": str(cache)}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_read_only_disk_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mock of the one fact: to make a disk read-only takes root and a disk."""
+    real = os.statvfs(tmp_path)
+
+    class ReadOnly:
+        f_flag = real.f_flag | os.ST_RDONLY
+
+    monkeypatch.setattr(os, "statvfs", lambda _: ReadOnly)
+    found = doctor._space(Settings(state=tmp_path))
+    assert (found.level, "is read-only" in found.found) == ("error", True)

@@ -261,7 +261,12 @@ def _state(settings: Settings) -> Check:
 
 
 def _space(settings: Settings) -> Check:
-    free = shutil.disk_usage(probes.existing(settings.state)).free
+    place = probes.existing(settings.state)
+    if os.statvfs(place).f_flag & os.ST_RDONLY:
+        found = f"the disk of {settings.state} is read-only"
+        cure = "see dmesg for the reason, stop what uses the disk, check and mount it again"
+        return Check("Disk space", "error", found, "nothing can be stored", cure)
+    free = shutil.disk_usage(place).free
     if free < _LEAST_FREE:
         return Check(
             "Disk space",
