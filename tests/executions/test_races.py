@@ -132,7 +132,7 @@ def test_commands_that_begin_while_the_connection_breaks_run_once(
 
 
 def test_what_is_asked_before_the_agent_answers_is_answered_then(own_server: Server, side: ThreadPoolExecutor) -> None:
-    wait = "until [ -e /tmp/go ]; do sleep 0.05; done; echo over; exit 7"
+    wait = "touch /tmp/here.$$; until [ -e /tmp/go ]; do sleep 0.05; done; echo over; exit 7"
     request = str(uuid.uuid4())
     with own_server.api() as api:
         box = api.create()
@@ -141,7 +141,7 @@ def test_what_is_asked_before_the_agent_answers_is_answered_then(own_server: Ser
         victim = api.start(box, "sleep 600")
         fed = api.start(box, "cat", attach_stdin=True)
         lost = side.submit(_post, own_server, f"{path}/execute_sync", {"command": wait}, request)
-        _until(lambda: api.output(box, "pgrep -c -f [/]tmp/go || :") == "2\n")
+        _until(lambda: api.output(box, "ls /tmp | grep -c here || :") == "2\n")
     own_server.kill()
     with pytest.raises(httpx.TransportError):
         lost.result(10)

@@ -83,13 +83,16 @@ class Request:
         self.say(struct.pack("<II", STALL, 0) + text(key) + struct.pack("<I", number))
 
     def command(self) -> str:
-        """The command's text, the last of the arguments in the record."""
+        """The command's text: the script, which is the last of the texts in the record, without its mark."""
         record = os.pread(self.fds[0], MIB, 0)
-        count, rest = struct.unpack_from("<I", record)[0], record[4:]
-        for _ in range(count):
-            length = struct.unpack_from("<I", rest)[0]
-            word, rest = rest[4 : 4 + length], rest[4 + length :]
-        return word.decode()
+        at, last = 0, b""
+        for texts in (None, None, 3):  # arguments, environment; directory, user and script
+            if texts is None:
+                (texts,), at = struct.unpack_from("<I", record, at), at + 4
+            for _ in range(texts):
+                (length,), at = struct.unpack_from("<I", record, at), at + 4
+                last, at = record[at : at + length], at + length
+        return last.decode().removeprefix("__devboxd=;")
 
 
 def numbers() -> Iterator[bytes]:
