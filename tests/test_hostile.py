@@ -18,7 +18,7 @@ from support import hostile
 from support.api import Api, JsonObject
 from support.server import Server
 
-pytestmark = pytest.mark.box
+pytestmark = [pytest.mark.box, pytest.mark.timeout(600)]
 
 CAP = 4 << 20
 MEMORY_KIB = 16 << 10
