@@ -35,6 +35,7 @@ HERE: dict[tuple[str, ...], tuple[str, ...]] = {
     ("storage", "status"): ("--state", "STATE"),
     ("storage", "grow"): ("64G", "--state", "STATE"),
     ("storage", "check"): ("--state", "STATE"),
+    ("storage", "recover"): ("--state", "STATE"),
     ("backup",): ("TARGET", "--state", "STATE"),
     ("restore",): ("SOURCE", "--state", "STATE"),
     ("completion",): ("bash",),

@@ -70,10 +70,10 @@ def storage_check(config: Path | None, state: Path | None) -> None:
 @config_option
 @state_option
 def storage_recover(config: Path | None, state: Path | None) -> None:
-    """Make storage usable again that broke, while no server runs.
+    """Make broken storage usable again.
 
-    `serve` does the same when it starts. Devboxes that run are ended, for they hold on to what is broken; their disks
-    stay, and they are suspended when a server runs again. Nothing happens to storage that works.
+    For when no server runs; `serve` does the same when it starts. Devboxes that run are ended, for they hold on to what
+    is broken; their disks stay, and they are suspended when a server runs again. Nothing happens to storage that works.
     """
     from devboxd import logs
     from devboxd import storage as module
