@@ -69,6 +69,8 @@ class Guard:
         status, answered = 499, 0.0  # the client left before an answer began
         headers = scope["devboxd.headers"] = dict(scope["headers"])
         extra = self._extra_headers(headers)
+        if scope["method"] == "HEAD":
+            send = _without_body(send)
 
         async def decorated(message: Message) -> None:
             nonlocal status, answered
@@ -131,6 +133,17 @@ class Guard:
                 (b"access-control-max-age", b"600"),
             ),
         )
+
+
+def _without_body(send: Send) -> Send:
+    """Pass on the head of an answer, the length of its body included, and nothing of the body."""
+
+    async def head_alone(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body"})
+
+    return head_alone
 
 
 def _bracketed(host: str) -> str:

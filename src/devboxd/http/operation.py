@@ -7,10 +7,9 @@ import contextlib
 import hashlib
 import secrets
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import structlog
 from starlette.requests import ClientDisconnect, Request
@@ -18,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from devboxd.config import Settings
-from devboxd.errors import ApiError, not_found, timed_out
+from devboxd.errors import ApiError, timed_out
 from devboxd.http import body as bodies
 from devboxd.http import pages
 from devboxd.http.answer import WHOLE, Answer, of_error, of_value
@@ -28,6 +27,7 @@ from devboxd.http.bounds import Bounds, Held
 from devboxd.http.call import Call
 from devboxd.http.guard import Guard, authenticate
 from devboxd.http.once import Desk, Once, StreamFingerprint, request_key
+from devboxd.http.paths import OtherMethodError, Paths
 from devboxd.http.requests import Requests
 from devboxd.store.db import Store
 
@@ -102,11 +102,11 @@ class Application:
         self.operations = [
             Operation(route, Binding(route.handler, route.path, Call, known)) for route in (*routes, *own)
         ]
-        self._tree = _Node()
+        self._paths = Paths()
         for operation in self.operations:
-            self._tree.add(operation, operation.route.method, operation.route.path)
+            self._paths.add(operation, operation.route.method, operation.route.path)
         for lacking in absent:
-            self._tree.add(lacking, lacking.method, lacking.path)
+            self._paths.add(lacking, lacking.method, lacking.path)
         self._guard = Guard(self._serve, settings, requests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,7 +135,7 @@ class Application:
     ) -> Answer | Response | None:
         """The answer, also to what is wrong; None for a client that is gone."""
         try:
-            operation, values = self._find(scope)
+            operation, values = self._paths.find(scope["method"], scope["raw_path"].decode(errors="replace"))
             scope["devboxd.operation"] = operation.name
             if isinstance(operation, Absent):
                 await authenticate(self._store, scope)
@@ -149,7 +149,7 @@ class Application:
             return answer
         except ApiError as error:
             return of_error(error)
-        except _WrongMethod as error:
+        except OtherMethodError as error:
             return error.answer
         except ClientDisconnect:
             return None
@@ -188,18 +188,6 @@ class Application:
         work = _work(operation, values, account, Request(scope, receive), [body])
         del body  # it is freed as soon as it is decoded
         return await self._desk.answer(key, fingerprint, work)
-
-    def _find(self, scope: Scope) -> tuple[Operation | Absent, list[str]]:
-        """The operation, and the segments that its path names; an encoded slash belongs to its segment."""
-        method, raw = scope["method"], scope["raw_path"].decode(errors="replace")
-        if raw.startswith("/v1/v1/"):  # the base URL of a client ends in /v1 already
-            raw = raw.removeprefix("/v1")
-        for node, values in self._tree.find([unquote(segment) for segment in raw.split("/")], 1, []):
-            if (operation := node.operations.get(method)) is not None:
-                return operation, values
-            if node.operations:
-                raise _WrongMethod(method, scope["path"], sorted(node.operations))
-        raise not_found(f"cannot find {_shown(scope['path'])}: there is no such path; /docs lists them all")
 
 
 def _unready_error(unready: Unready | None) -> ApiError | None:
@@ -304,48 +292,6 @@ def _boundary(headers: dict[bytes, bytes]) -> bytes:
     request = Request({"type": "http", "headers": [(b"content-type", headers.get(b"content-type", b""))]})
     _, _, rest = request.headers["content-type"].partition("boundary=")
     return rest.split(";")[0].strip().strip('"').encode("latin-1")
-
-
-def _shown(path: str) -> str:
-    return repr(path if len(path) <= 100 else path[:100] + "...")
-
-
-class _WrongMethod(Exception):
-    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
-        names = ", ".join(allowed)
-        answer = of_error(
-            ApiError(405, f"cannot {method[:16]} {_shown(path)}: only {names} work there; use one of them")
-        )
-        self.answer = Answer(405, answer.body, (*answer.headers, (b"allow", names.encode())))
-
-
-@dataclass(eq=False)
-class _Node:
-    """One segment of the paths. Static segments win over names, so that a word is never taken for an id."""
-
-    static: dict[str, _Node] = field(default_factory=dict)
-    named: _Node | None = None
-    operations: dict[str, Operation | Absent] = field(default_factory=dict)
-
-    def add(self, operation: Operation | Absent, method: str, path: str) -> None:
-        node = self
-        for segment in path.split("/")[1:]:
-            if segment.startswith("{"):
-                node.named = node.named or _Node()
-                node = node.named
-            else:
-                node = node.static.setdefault(segment, _Node())
-        if node.operations.setdefault(method, operation) is not operation:
-            raise TypeError(f"two rows for {method} {path}")
-
-    def find(self, segments: list[str], at: int, values: list[str]) -> Iterator[tuple[_Node, list[str]]]:
-        if at == len(segments):
-            yield self, values
-            return
-        if (node := self.static.get(segments[at])) is not None:
-            yield from node.find(segments, at + 1, values)
-        if self.named is not None and segments[at]:
-            yield from self.named.find(segments, at + 1, [*values, segments[at]])
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -98,8 +98,11 @@ class Lasting(StreamingResponse):
         self._places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send it; to HEAD its head, without a beginning of the source."""
         async with aclosing(self._source):
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                return
             with self._places.taking():
                 await super().__call__(scope, receive, send)
 
