@@ -105,6 +105,8 @@ struct slot {
     bool folder, removing;     /* a folder of FIFOs may exist; a helper removes it */
     struct targets earlier;    /* COMMAND: what ran in its shell before it */
     uint64_t kill_at;          /* when those of END are killed, 0: nobody is to end */
+    bool searching, insisted;  /* a helper looks for whom END concerns; ... to kill them */
+    bool fixed;                /* the output that belongs to the command is known */
     struct targets ending;
 };
 
@@ -193,15 +195,15 @@ int null_open(void);
 void child_reset(void);
 void close_range_from(unsigned first, unsigned last);
 void handle_spawn(const struct request *q, int *fds);
-void handle_signal(const struct request *q);
-void handle_end(const struct request *q);
-bool listed(const struct targets *t, int32_t id);
-void targets_add(struct targets *t, int32_t id);
-void end_later(struct slot *s, uint32_t grace_ms);
-bool group_ending(const struct slot *s);
-void end_continue(struct slot *s);
 void children_reap(void);
 extern bool reap_again;
+
+/* ending.c */
+void handle_signal(const struct request *q);
+void handle_end(const struct request *q);
+bool end_lasts(const struct slot *s);
+void end_continue(struct slot *s);
+void shell_scan(const struct slot *shell, struct targets *found);
 
 /* users.c: in children only */
 struct user {
@@ -234,9 +236,6 @@ int terminal_open(const struct plan *p, int report);
 void handle_shell(const struct request *q, int *fds);
 void handle_run(const struct request *q, int *fds);
 void shell_died(struct slot *s, uint32_t how, uint32_t value);
-void shell_signal(struct slot *s, const struct request *q);
-void shell_end(struct slot *s, const struct request *q);
-bool shell_kill(struct slot *s);
 void folder_remove(struct slot *s);
 void control_ready(struct watch *w, uint32_t events);
 

@@ -158,7 +158,8 @@ static void carry_out(const struct request *q, int *fds) {
 
 /* A well-formed frame whose names are no names is answered, the connection lives on. */
 static bool names_valid(const struct request *q) {
-    bool keyless = q->verb == HELLO || q->verb == LIST || q->verb == ROOM || q->verb == DIAL || (q->verb >= READ && q->verb <= UNLINK);
+    bool file = q->verb >= READ && q->verb <= UNLINK;
+    bool keyless = file || q->verb == HELLO || q->verb == LIST || q->verb == ROOM || q->verb == DIAL;
     if (q->verb == SIGNAL && q->scope == SCOPE_ALL) return q->key.length == 0;
     return (keyless || key_valid(q->key)) && (q->verb != RUN || key_valid(q->shell));
 }

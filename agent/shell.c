@@ -1,12 +1,9 @@
 /* SHELL and RUN: a living shell, and commands inside it. The shell gets each command's FIFOs by a folder. */
 #include "agent.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/stat.h>
@@ -108,45 +105,6 @@ static _Noreturn void finish(int channel, uint32_t stage, int error) {
     _exit(0);
 }
 
-/* Parent and group of a process; false when it is gone. */
-static bool process_read(const char *name, pid_t *parent, pid_t *group) {
-    char path[64], text[512];
-    snprintf(path, sizeof path, "/proc/%.20s/stat", name);
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-    if (fd >= 0) close(fd);
-    if (n <= 0) return false;
-    text[n] = 0;
-    char *after = strrchr(text, ')'); /* the name in between may hold anything */
-    return after && sscanf(after + 1, " %*c %d %d", parent, group) == 2;
-}
-
-/* What runs in a shell: the groups of its children's jobs, and each process in its own group, where substitutions are. */
-static void targets_scan(const struct slot *shell, struct targets *found) {
-    DIR *proc = opendir("/proc");
-    for (struct dirent *e; proc && (e = readdir(proc));) {
-        pid_t pid = atoi(e->d_name), parent, group;
-        if (pid <= 1 || pid == shell->pid || !process_read(e->d_name, &parent, &group) || group <= 1) continue;
-        if (group == shell->group) targets_add(found, pid);
-        else if (parent == shell->pid) targets_add(found, -group);
-    }
-    if (proc) closedir(proc);
-}
-
-/* The shell first: one that sees its child die would go on to what the command does next. */
-static void signal_body(const struct request *q, int channel, int unused) {
-    static struct report r;
-    static struct targets all;
-    const struct slot *s = slot_find(q->key);
-    (void)unused;
-    targets_scan(s->shell, &all);
-    kill(s->shell->pid, (int)q->signal);
-    for (uint32_t i = 0; i < all.count; i++)
-        if (!listed(&s->earlier, all.ids[i])) targets_add(&r.u.targets, all.ids[i]);
-    for (uint32_t i = 0; i < r.u.targets.count; i++) kill(r.u.targets.ids[i], (int)q->signal);
-    report_send(channel, &r, NULL, 0);
-}
-
 static void text_write(int folder, int from, const struct slot *shell, int channel) {
     int fd = openat(folder, "c", O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0 || fchown(fd, shell->uid, shell->gid) < 0) finish(channel, STAGE_OPEN, errno);
@@ -197,7 +155,7 @@ static void run_body(const struct request *q, int channel, int text) {
     for (int i = 0; i < count; i++)
         if (fds[i] < 0) finish(channel, STAGE_OPEN, errno ? errno : EINVAL);
     if (fchown(folder, shell->uid, shell->gid) < 0) finish(channel, STAGE_OPEN, errno);
-    targets_scan(shell, &r.u.targets);
+    shell_scan(shell, &r.u.targets);
     report_send(channel, &r, fds, count);
 }
 
@@ -287,41 +245,3 @@ void handle_run(const struct request *q, int *fds) {
         else slot_fail(s, errno == EAGAIN ? STAGE_BUSY : STAGE_FORK, errno);
     }
 }
-
-static bool lives(const struct slot *s) { return s->shell && s->shell->pid && s->state == RUNNING; }
-
-void shell_signal(struct slot *s, const struct request *q) {
-    if (!lives(s)) answer_error(q->tag, STAGE_LOOKUP, ESRCH);
-    else if (q->signal > 64 || q->scope > SCOPE_GROUP) answer_error(q->tag, STAGE_LOOKUP, EINVAL);
-    else helper_start(q, q->tag, HELPER_MS, signal_body, -1);
-}
-
-static void end_told(struct helper *h, const struct report *r, int *fds) {
-    struct slot *s = slot_numbered(h->serial);
-    (void)fds;
-    if (!s || !s->kill_at || r->stage) return;
-    for (uint32_t i = 0; i < r->u.targets.count; i++) targets_add(&s->ending, r->u.targets.ids[i]);
-}
-
-/* Sends a signal to the command and keeps whom it reached. False: there is no helper to be had. */
-static bool end_start(struct slot *s, int signal) {
-    struct request q = {.key = {s->key, (uint32_t)strlen(s->key)}, .signal = (uint32_t)signal};
-    struct helper *h = helper_start(&q, 0, HELPER_MS, signal_body, -1);
-    if (h) h->serial = s->serial, h->done = end_told;
-    return h != NULL;
-}
-
-/* SIGTERM to a command of a shell. It is answered at once: no server needs to stay until the helper is done. */
-void shell_end(struct slot *s, const struct request *q) {
-    if (!lives(s)) {
-        answer_error(q->tag, STAGE_LOOKUP, ESRCH);
-    } else if (end_start(s, SIGTERM)) {
-        end_later(s, q->deadline);
-        answer_ok(q->tag, 0);
-    } else {
-        answer_error(q->tag, errno == EAGAIN ? STAGE_BUSY : STAGE_FORK, errno);
-    }
-}
-
-/* SIGKILL to a command that SIGTERM did not end, also to what it has begun since; false: to be tried again. */
-bool shell_kill(struct slot *s) { return !lives(s) || end_start(s, SIGKILL); }

@@ -150,7 +150,11 @@ bool slot_flush(struct slot *s) {
 /* To be called after every change: finds the end, sends what is owed, drops the slot when nothing is left. */
 void slot_settle(struct slot *s) {
     if (s->dead) return;
-    if (s->state == ENDING && !s->out[0].ending && !s->out[1].ending && !group_ending(s)) {
+    if (s->state == ENDING && !s->fixed && !end_lasts(s)) {
+        s->fixed = true;
+        streams_end(s);
+    }
+    if (s->state == ENDING && s->fixed && !s->out[0].ending && !s->out[1].ending) {
         s->state = ENDED;
         s->exit_due = true;
     }
@@ -188,13 +192,13 @@ void slot_fail(struct slot *s, uint32_t stage, int error) {
     slot_settle(s);
 }
 
-/* Its process has ended (or, in a shell, its command): EXIT goes out once its pipes' content is in the journals. */
+/* Its process has ended (or, in a shell, its command): EXIT goes out once its pipes' content is in the journals, and
+ * all that a kill takes along has ended. */
 void slot_ended(struct slot *s, uint32_t how, uint32_t value) {
     s->how = how;
     s->value = value;
     s->state = ENDING;
     if (!s->answer.tag) close_fd(&s->master); /* else it is still to be handed over */
-    streams_end(s);
     slot_settle(s);
 }
 

@@ -1,4 +1,4 @@
-/* SPAWN and SIGNAL, and reaping: how processes start and end. */
+/* SPAWN and reaping: how processes start, and that their end is noticed. */
 #include "agent.h"
 
 #include <errno.h>
@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { REAPS_A_TURN = 256, GRACE_MOST = 600000 };
+enum { REAPS_A_TURN = 256 };
 enum { REPORT_FD = 3, RECORD_FD = 4, HIGH_FD = 32 }; /* where a child puts its descriptors */
 
 bool reap_again;
@@ -295,136 +295,6 @@ void handle_spawn(const struct request *q, int *fds) {
     slot_fail(s, STAGE_BUSY, error);
 }
 
-/* The start of a file of /proc, with zeros behind it; false when the process is gone. */
-static bool proc_read(pid_t pid, const char *name, char *text, size_t size) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    memset(text, 0, size);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
-    if (fd >= 0) close(fd);
-    return n > 0;
-}
-
-/* A bash that is not interactive lets its background jobs ignore SIGINT and SIGQUIT. */
-static bool in_background(pid_t pid) {
-    static char text[4096];
-    char *line = proc_read(pid, "status", text, sizeof text) ? strstr(text, "\nSigIgn:") : NULL;
-    unsigned long long both = 1ULL << (SIGINT - 1) | 1ULL << (SIGQUIT - 1);
-    return !line || (strtoull(line + strlen("\nSigIgn:"), NULL, 16) & both) == both;
-}
-
-/* The program for which a bash waits. With `bash -c` that one would often be the process that was launched, for a bash
- * makes its last command of itself; here it cannot, since it has the command from a descriptor. A child with the words
- * of the bash is a copy of it, which has still to become a job, or is a subshell. */
-static pid_t foreground_of(pid_t pid) {
-    static char name[64], path[32], own[512], words[512], children[256];
-    char *next = children;
-    snprintf(path, sizeof path, "task/%d/children", pid);
-    if (!proc_read(pid, "comm", name, sizeof name) || strcmp(name, "bash\n")) return 0;
-    if (!proc_read(pid, "cmdline", own, sizeof own) || !proc_read(pid, path, children, sizeof children)) return 0;
-    for (pid_t child; (child = (pid_t)strtol(next, &next, 10)) > 1 && *next;)
-        if (!in_background(child) && proc_read(child, "cmdline", words, sizeof words) && memcmp(own, words, sizeof own))
-            return child;
-    return 0;
-}
-
-/* The shell first: one that sees its child die would go on to what the command does next. */
-static int signal_process(pid_t pid, pid_t foreground, int signal) {
-    int error = kill(pid, signal) < 0 ? errno : 0;
-    if (foreground) kill(foreground, signal);
-    return error;
-}
-
-/* After the end of the leader its group is still reached, as long as the agent knows the execution. */
-static int signal_slot(const struct slot *s, uint32_t scope, int signal, pid_t foreground) {
-    if (scope == SCOPE_GROUP && kill(-s->group, signal) == 0) return 0;
-    return s->pid ? signal_process(s->pid, foreground, signal) : ESRCH;
-}
-
-static pid_t foreground_in(const struct slot *s, uint32_t scope) {
-    return s && s->pid && s->type == EXECUTION && scope != SCOPE_GROUP ? foreground_of(s->pid) : 0;
-}
-
-/* kill(-1) reaches everybody only from pid 1 of a pid namespace: elsewhere it would be a disaster. */
-static int signal_all(int signal) {
-    if (getpid() != 1) return EPERM;
-    return kill(-1, signal) < 0 && errno != ESRCH ? errno : 0;
-}
-
-void handle_signal(const struct request *q) {
-    int error = EINVAL;
-    struct slot *s = q->scope == SCOPE_ALL ? NULL : slot_find(q->key);
-    if (s && s->type == COMMAND) {
-        shell_signal(s, q);
-        return;
-    }
-    if (q->signal <= 64 && q->scope == SCOPE_ALL) error = signal_all((int)q->signal);
-    else if (q->signal <= 64 && q->scope <= SCOPE_GROUP) error = s ? signal_slot(s, q->scope, (int)q->signal, foreground_in(s, q->scope)) : ESRCH;
-    if (error) answer_error(q->tag, STAGE_LOOKUP, error);
-    else answer_ok(q->tag, 0);
-}
-
-bool listed(const struct targets *t, int32_t id) {
-    for (uint32_t i = 0; i < t->count; i++)
-        if (t->ids[i] == id) return true;
-    return false;
-}
-
-/* What is known already, or has no room, is left out. */
-void targets_add(struct targets *t, int32_t id) {
-    if (t->count < TARGETS_MAX && !listed(t, id)) t->ids[t->count++] = id;
-}
-
-/* The grace runs from the first END on. */
-void end_later(struct slot *s, uint32_t grace_ms) {
-    if (!s->kill_at) s->kill_at = now_ms() + (grace_ms > GRACE_MOST ? GRACE_MOST : grace_ms);
-    retry_later();
-}
-
-/* Whether END has still to reach somebody: a leader's EXIT waits for those that it takes along. */
-bool group_ending(const struct slot *s) {
-    for (uint32_t i = 0; s->kill_at && i < s->ending.count; i++)
-        if ((s->type == EXECUTION || s->ending.ids[i] == -s->group) && kill(s->ending.ids[i], 0) == 0) return true;
-    return false;
-}
-
-/* Each RETRY_MS, also without a server. Who is gone is forgotten: another may get that number later. */
-void end_continue(struct slot *s) {
-    bool due = now_ms() >= s->kill_at;
-    struct targets *t = &s->ending;
-    uint32_t left = 0;
-    for (uint32_t i = 0; i < t->count; i++)
-        if (kill(t->ids[i], due ? SIGKILL : 0) == 0) t->ids[left++] = t->ids[i];
-    t->count = left;
-    if (due && (s->type != COMMAND || shell_kill(s))) {
-        s->kill_at = t->count = 0;
-        slot_settle(s);
-    } else {
-        slot_settle(s);
-        retry_later();
-    }
-}
-
-void handle_end(const struct request *q) {
-    struct slot *s = slot_find(q->key);
-    int error = !s ? ESRCH : q->scope > SCOPE_GROUP ? EINVAL : 0;
-    if (!error && s->type == COMMAND) {
-        shell_end(s, q);
-        return;
-    }
-    pid_t foreground = error ? 0 : foreground_in(s, q->scope);
-    if (!error) error = signal_slot(s, q->scope, SIGTERM, foreground);
-    if (error) {
-        answer_error(q->tag, STAGE_LOOKUP, error);
-        return;
-    }
-    targets_add(&s->ending, q->scope == SCOPE_GROUP ? -s->group : s->pid);
-    if (foreground) targets_add(&s->ending, foreground);
-    end_later(s, q->deadline);
-    answer_ok(q->tag, 0);
-}
-
 static struct slot *slot_of_process(pid_t pid) {
     for (int i = 0; i < slots_end; i++)
         if (slots[i] && slots[i]->pid == pid && !slots[i]->dead && !slots[i]->failed) return slots[i];
@@ -449,7 +319,8 @@ static void process_ended(pid_t pid, int status) {
 /* A bounded number at once: a box that makes orphans by the thousand does not keep the server waiting. */
 void children_reap(void) {
     int status, count = 0;
-    for (pid_t pid; count < REAPS_A_TURN && (pid = waitpid(-1, &status, WNOHANG)) > 0; count++) process_ended(pid, status);
+    for (pid_t pid; count < REAPS_A_TURN && (pid = waitpid(-1, &status, WNOHANG)) > 0; count++)
+        process_ended(pid, status);
     reap_again = count == REAPS_A_TURN;
     for (int i = 0; count && i < slots_end; i++)
         if (slots[i] && slots[i]->kill_at) slot_settle(slots[i]);

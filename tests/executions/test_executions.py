@@ -267,6 +267,40 @@ def test_kill_ends_the_program_for_which_the_shell_waits(api: Api, box: str, com
     api.output(box, "pkill -fx 'sleep 62.5'")  # a job in the background is spared
 
 
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("shell", [{}, {"shell_name": "killed"}])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "printf 'sleep 61.5\\ntrue\\n' >/tmp/run.sh; bash /tmp/run.sh",
+        "sudo sleep 61.5",
+        "sudo sh -c 'sleep 61.5; true' | cat",
+        "echo 61.5 | xargs -P 2 -n 1 sleep",
+        "(true | (sleep 61.5; true) | cat)",
+        "timeout 100 sleep 61.5",
+        'python3 -c \'import subprocess; subprocess.run(["sleep", "61.5"])\'',
+    ],
+)
+def test_kill_ends_all_that_a_command_waits_for(
+    api: Api, box: str, command: str, shell: dict[str, str], group: bool
+) -> None:
+    execution = api.start(box, f"{command}; true", **shell)
+    while api.run(box, "pgrep -fx 'sleep 61.5'")["exit_status"] != 0:
+        pass  # until it has begun
+    view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill", {"kill_process_group": group})
+    assert (view["status"], view["exit_status"]) == ("completed", 143)
+    assert api.run(box, "pgrep -fx 'sleep 61.5'")["exit_status"] == 1
+
+
+def test_the_last_words_of_what_a_kill_takes_along_are_in_the_view(api: Api, box: str) -> None:
+    child = "trap 'sleep 0.5; echo bye; exit' TERM; echo ready; while :; do sleep 0.01; done"
+    execution = api.start(box, f'bash -c "{child}"; true')
+    with api.stream(box, execution) as events:
+        next(events)
+    view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill")
+    assert (view["exit_status"], view["stdout"]) == (143, "ready\nbye\n")
+
+
 def test_kill_insists_on_a_program_that_ignores_it(api: Api, box: str) -> None:
     execution = api.start(
         box, "python3 -c 'import signal as s; s.signal(15, s.SIG_IGN); print(1, flush=True); s.pause()'"

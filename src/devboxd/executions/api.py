@@ -160,7 +160,7 @@ async def kill_execution(
     execution_id: str,
     body: Kill | None = None,
 ) -> ExecutionView:
-    """End the launched process or its group: SIGTERM, then SIGKILL. An execution that has completed stays as it is.
+    """End a command and all that it waits for: SIGTERM, after 5 s SIGKILL. One that has completed stays as it is.
 
     ```python
     client.devboxes.executions.kill(run.execution_id, devbox_id=box.id)

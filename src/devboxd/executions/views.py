@@ -65,10 +65,10 @@ class ExecuteSync(msgspec.Struct, frozen=True):
 
 
 class Kill(msgspec.Struct, frozen=True):
-    """What to end: the launched process, or its whole process group."""
+    """What to end: the command with all that it waits for, or its background jobs as well."""
 
     kill_process_group: bool | None = None
-    """Whether all processes of its group are ended, or only the first. Null: only the first. Example: `true`"""
+    """Whether its whole process group is ended, background jobs too. Null: they go on. Example: `true`"""
 
 
 class SendStdIn(msgspec.Struct, frozen=True):
