@@ -25,6 +25,18 @@ _RETRY: dict[bool, Headers] = {
 _encode = msgspec.json.Encoder().encode
 
 
+class Error(msgspec.Struct, frozen=True):
+    """What every answer other than success carries."""
+
+    code: int
+    """The status of HTTP once more. Example: `404`"""
+    message: str
+    """What cannot be done, why, and what to do instead, in one sentence for a person.
+
+    Example: `"cannot find the devbox dbx_0BwT25a4ESR05DXUEbW3kZ; check the id and the account of the key"`
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """`headers` are all but content-length, which is the length of `body`."""
@@ -64,4 +76,4 @@ def of_error(error: ApiError) -> Answer:
     headers = JSON if error.retry is None else _RETRY[error.retry]
     if error.retry_after is not None:
         headers = (*headers, (b"retry-after", str(error.retry_after).encode()))
-    return Answer(error.code, _encode({"code": error.code, "message": error.message}), headers)
+    return Answer(error.code, _encode(Error(error.code, error.message)), headers)

@@ -15,32 +15,80 @@ import msgspec
 
 import devboxd
 from devboxd.http import parameters, schemas
+from devboxd.http.answer import Error
 from devboxd.http.binding import Operation, Parameter, Route
 
 _REF = "#/components/schemas/{name}"
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
-_ERROR = {
-    "type": "object",
-    "required": ["code", "message"],
-    "properties": {"code": {"type": "integer"}, "message": {"type": "string"}},
-}
 _ERRORS = {
-    400: "The request is wrong; the message names what is",
-    401: "No valid key came with the request",
-    403: "The user of the devbox may not do this",
-    404: "There is no such thing, or it is somebody else's",
-    408: "The time for the body or for the wait is over; ask again",
-    409: "This was asked before in another form, and will not change",
-    413: "The body or the file is too large",
-    415: "The body is not application/json",
-    421: "The host name is not known here",
-    429: "A limit, which the message names, is reached; ask again later",
-    500: "A fault of the server; its log has the number that the message names",
-    503: "Not now; ask again, after `retry-after` seconds where that is told",
-    504: "A file of the devbox did not open in time",
-    507: "The disk of the devbox is full",
+    400: (
+        "The request is wrong; the message names what is",
+        "cannot use the field 'code_mounts': it is not known here; leave it out",
+    ),
+    401: (
+        "No valid key came with the request",
+        "cannot let you in: authentication needs a key; send `Authorization: Bearer ak_...`",
+    ),
+    403: (
+        "The user of the devbox may not do this",
+        "cannot read /root/a: permission denied (os error 13): the devbox's user may not; choose a path that it owns",
+    ),
+    404: (
+        "There is no such thing, or it is somebody else's",
+        "cannot find the devbox dbx_0BwT25a4ESR05DXUEbW3kZ; check the id and the account of the key",
+    ),
+    408: (
+        "The time for the body or for the wait is over; ask again",
+        "cannot say yet that dbx_0BwT25a4ESR05DXUEbW3kZ is running; ask again",
+    ),
+    409: (
+        "This was asked before in another form, and will not change",
+        "cannot do this request: its x-request-id was used with another body; use a new one per request",
+    ),
+    413: (
+        "The body or the file is too large",
+        "cannot take a body of more than 16 MiB here; send less, or upload it as a file",
+    ),
+    415: (
+        "The body is not application/json",
+        "cannot read the body: its type is unknown; send it with `Content-Type: application/json`",
+    ),
+    421: (
+        "The host name is not known here",
+        "cannot serve the host 'evil.example': it is not known here; add its name to `domains`",
+    ),
+    429: (
+        "A limit, which the message names, is reached; ask again later",
+        "cannot take this request now: 3000 requests of this key are in flight, the most at once; ask again soon",
+    ),
+    500: (
+        "A fault of the server; its log has the number that the message names",
+        "cannot finish the request: a fault of the server, logged as err_0f1e2d3c4b5a",
+    ),
+    503: (
+        "Not now; ask again, after `retry-after` seconds where that is told",
+        "cannot serve now: the server is starting; ask again soon, /healthz tells when",
+    ),
+    504: (
+        "A file of the devbox did not open in time",
+        "cannot read /home/user/pipe: it kept us waiting for 10 s; look in the devbox at what holds it up",
+    ),
+    507: (
+        "The disk of the devbox is full",
+        "cannot write /home/user/big: no space left on device (os error 28): the disk is full; delete something",
+    ),
 }
+"""By code: what it means, and a message."""
+_ONCE = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "description": "Repeated with the same id, a request is answered as the first one and not "
+    "done again; without an id it is done each time.",
+    "schema": {"type": "string", "examples": ["0b0d7c0e-2f0c-4c0e-9a52-6a1d3f3f6f0b"]},
+}
+_EVENT = {"type": "string", "enum": ["message", "error"], "default": "message", "examples": ["error"]}
 TAGS = {
     "Devboxes": ("devboxes.api", "devboxes.evictions"),
     "Executions": ("executions.api",),
@@ -50,12 +98,27 @@ TAGS = {
     "Account": ("resources.accounts",),
     "Server": ("resources.metrics", "http.pages"),
 }
+_TAGS = {
+    "Devboxes": "Isolated Linux machines: make, see, suspend, resume and end them.",
+    "Executions": "Commands in devboxes, their input, output and exit codes.",
+    "Files": "Files of devboxes.",
+    "Snapshots": "Disks of devboxes that are kept, and from which new ones are made.",
+    "Logs": "What happened in a devbox, in order.",
+    "Account": "Whose key it is.",
+    "Server": "How the server is, and what it can do.",
+}
+_ABOUT = (
+    "A server of devboxes: isolated Linux machines in which programs run commands. Sizes are in bytes or GiB, times in "
+    "seconds or milliseconds, as the name of a field says; moments are in Unix milliseconds. In a request null stands "
+    "for what is left out."
+)
 """The groups of operations in the order in which they are shown, and the modules of their handlers."""
 
 
 def document(operations: Sequence[Operation]) -> bytes:
     """The whole document as JSON."""
     kinds = [kind for operation in operations for kind in (body_type(operation), answer_type(operation)) if kind]
+    kinds.append(Error)
     found, components = schemas.of(kinds, _REF)
     by_kind = dict(zip(map(id, kinds), found, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -64,14 +127,20 @@ def document(operations: Sequence[Operation]) -> bytes:
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",
-            "info": {"title": "devboxd", "version": devboxd.__version__},
+            "info": {"title": "devboxd", "version": devboxd.__version__, "description": _ABOUT},
             "security": [{"key": []}],
-            "tags": [{"name": name} for name in TAGS],
+            "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
             "paths": paths,
             "components": {
-                "schemas": {"Error": _ERROR, **components},
-                "responses": {f"Error{code}": _error(text) for code, text in _ERRORS.items()},
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+                "schemas": components,
+                "responses": {f"Error{code}": _error(code, *words) for code, words in _ERRORS.items()},
+                "securitySchemes": {
+                    "key": {
+                        "type": "http",
+                        "scheme": "bearer",
+                        "description": "A key: `devboxd keys create` makes one.",
+                    }
+                },
             },
         }
     )
@@ -148,25 +217,21 @@ def _describe(operation: Operation, by_kind: dict[int, Any]) -> dict[str, Any]:
 
 
 def _body(operation: Operation, schema: dict[str, Any]) -> dict[str, Any]:
-    body = operation.binding.body
-    if body is None:
-        return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-    if body.optional:
+    body, kind = operation.binding.body, body_type(operation)
+    media = "multipart/form-data" if body is None else _JSON
+    if body is not None and body.optional:
         schema = {"anyOf": [schema, {"type": "null"}]}
-    return {"required": not body.optional, "content": {_JSON: {"schema": schema}}}
+    return {
+        "description": schemas.meaning(kind),
+        "required": body is None or not body.optional,
+        "content": {media: {"schema": schema, "example": dict(schemas.example(kind))}},
+    }
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     path = [_path(name) for name in operation.binding.path_names]
     inquired = [query(parameter) for parameter in operation.binding.query.values()]
-    once = {
-        "name": "x-request-id",
-        "in": "header",
-        "required": False,
-        "description": "Repeated with the same id, a request is answered as the first one and not done again.",
-        "schema": {"type": "string"},
-    }
-    return [*path, *inquired, *([once] if operation.route.once else [])]
+    return [*path, *inquired, *([_ONCE] if operation.route.once else [])]
 
 
 def _path(name: str) -> dict[str, Any]:
@@ -179,7 +244,7 @@ def query(parameter: Parameter) -> dict[str, Any]:
     """The description of one parameter of the query."""
     schema = msgspec.json.schema(parameter.kind)
     described = {"description": text} if (text := schema.pop("description", "")) else {}
-    if not parameter.required and parameter.default is not None:
+    if not parameter.required:
         schema["default"] = parameter.default
     return {"name": parameter.name, "in": "query", "required": parameter.required, **described, "schema": schema}
 
@@ -191,7 +256,16 @@ def _responses(operation: Operation, by_kind: dict[int, Any]) -> dict[str, Any]:
         schema = _event(schema)
     errors = {str(code): {"$ref": f"#/components/responses/Error{code}"} for code in error_codes(operation)}
     content = {media: {"schema": schema}, **{other: {"schema": {"type": "string"}} for other in others}}
-    return {"200": {"description": "Done", "content": content}, **errors}
+    return {"200": {"description": _done(media, kind), "content": content}, **errors}
+
+
+def _done(media: str, kind: Any) -> str:
+    """What the answer of success is."""
+    if media == _EVENTS:
+        return f"Server-sent events, until there is no more to tell. Each carries: {schemas.meaning(kind)}"
+    if kind is not None:
+        return schemas.meaning(kind)
+    return "It is done; the object is empty." if media == _JSON else "The content itself."
 
 
 def _event(schema: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +275,18 @@ def _event(schema: dict[str, Any]) -> dict[str, Any]:
         "type": "object",
         "required": ["data"],
         "properties": {
-            "event": {"enum": ["message", "error"]},
-            "data": {"type": "string", "contentMediaType": _JSON, "contentSchema": data},
+            "event": {**_EVENT, "description": "`error` before an error, which ends the stream; else left out."},
+            "data": {
+                "type": "string",
+                "description": "What the event carries, as JSON in one line.",
+                "examples": ['{"code":408,"message":"cannot go on with this stream: the server stops; open it again"}'],
+                "contentMediaType": _JSON,
+                "contentSchema": data,
+            },
         },
     }
 
 
-def _error(text: str) -> dict[str, Any]:
-    return {"description": text, "content": {_JSON: {"schema": {"$ref": _REF.format(name="Error")}}}}
+def _error(code: int, text: str, message: str) -> dict[str, Any]:
+    shape = {"schema": {"$ref": _REF.format(name="Error")}, "example": {"code": code, "message": message}}
+    return {"description": text, "content": {_JSON: shape}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,12 +18,18 @@ def of(kinds: Sequence[Any], template: str) -> tuple[list[dict[str, Any]], dict[
     schemas, components = msgspec.json.schema_components(kinds, ref_template=template)
     for kind in structs(kinds):
         component = components[kind.__name__]
+        component["description"] = inspect.getdoc(kind) or ""
         for name, field in field_docs.of(kind).items():
             shape = component["properties"][name]
             shape["description"] = field.text
             if field.has_example:
                 shape["examples"] = [field.example]
     return list(schemas), components
+
+
+def meaning(kind: type) -> str:
+    """What a type is, in a sentence or two: the first paragraph of its docstring."""
+    return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
 
 
 def structs(kinds: Sequence[Any]) -> list[type]:

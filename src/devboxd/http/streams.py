@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from devboxd.errors import ApiError
+from devboxd.http.answer import Error
 
 HELD_S = 24.0
 """Longest time an answer is held: clients give up on a request after 30 s, some after 25."""
@@ -124,5 +125,5 @@ async def _encoded(source: AsyncGenerator[tuple[msgspec.Struct, ...], None]) -> 
                 lines = [b"data: " + msgspec.json.encode(item) + b"\n\n" for item in items]
                 yield b"".join(lines) or b": keep-alive\n\n"
     except EndedEarlyError as error:
-        body = msgspec.json.encode({"code": 408, "message": str(error)})
+        body = msgspec.json.encode(Error(408, str(error)))
         yield b"event: error\ndata: " + body + b"\n\n"
