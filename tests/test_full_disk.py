@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -294,3 +297,60 @@ def _doctor(server: Server) -> str:
 def _log_of(api: Api, box: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = api.call("GET", f"/v1/devboxes/{box}/logs")["logs"]
     return found
+
+
+@contextlib.contextmanager
+def crowded(gigabytes: int) -> Iterator[tuple[Server, Api, list[str]]]:
+    """A server on a disk of this size, with six devboxes of 2 GiB each."""
+    with small_disk(gigabytes << 10) as disk:
+        server = Server()
+        server.state = disk.folder / "state"
+        try:
+            with server.start().api() as api:
+                yield server, api, [api.create(launch_parameters=SMALLEST) for _ in range(6)]
+        finally:
+            server.stop()
+
+
+SMALLEST = {
+    "resource_size_request": "CUSTOM_SIZE",
+    "custom_cpu_cores": 1,
+    "custom_gb_memory": 2,
+    "custom_disk_size": 2,
+}
+
+
+def _left(server: Server, box: str) -> int:
+    """Bytes that a living box may still write, as `df` shows them in it, whether the server lives or not."""
+    pid = json.loads((server.boxes / box / "box.json").read_text())["pid"]
+    found = os.statvfs(f"/proc/{pid}/root")
+    return found.f_bavail * found.f_frsize
+
+
+def test_the_one_that_writes_has_all_of_its_disk_while_the_others_rest() -> None:
+    """At the speed of the disk, by what is promised to those that do not write; and they can still write."""
+    with crowded(6) as (server, api, (first, *others)):
+        assert sum(_left(server, box) for box in (first, *others)) < 6 << 30, "no more is promised than there is"
+        assert api.output(first, "head -c 8M /dev/zero >little && stat -c %s little") == f"{8 << 20}\n"
+        deadline = time.monotonic() + 30
+        while _left(server, first) < 1700 << 20:
+            assert time.monotonic() < deadline, f"{_left(server, first)} bytes are left to it"
+            time.sleep(0.01)
+        assert api.run(first, "fallocate -l 1700M much && rm much")["exit_status"] == 0
+        written = api.run(first, "head -c 1700M /dev/zero >much && sync -f . && stat -c %s much", 120)
+        assert written["stdout"] == f"{1700 << 20}\n", written
+        for box in others:
+            assert _left(server, box) > 128 << 20
+            assert api.output(box, "head -c 64M /dev/zero >some && sync -f . && stat -c %s some") == f"{64 << 20}\n"
+
+
+def test_without_a_server_no_more_is_promised_than_the_pool_has() -> None:
+    """However it ends: it alone lets the pool grow. What boxes may then write has its blocks."""
+    with crowded(12) as (server, _, boxes):
+        room = os.statvfs(server.state / "disks")
+        assert all(_left(server, box) > 1 << 30 for box in boxes)
+        server.kill()
+        deadline = time.monotonic() + 30
+        while (left := sum(_left(server, box) for box in boxes)) > room.f_bavail * room.f_frsize:
+            assert time.monotonic() < deadline, f"{left} bytes are promised"
+            time.sleep(0.01)

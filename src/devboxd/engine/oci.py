@@ -225,6 +225,7 @@ class OciEngine:
         if (record := self._record(spec.box_id)) and record.lives():
             if self._limits.get(spec.box_id) != spec.resources:
                 await self.resize(spec.box_id, spec.resources)
+            self._disks.credits.wake(spec.box_id)
             return
         async with self._starts.taken():
             if (self._boxes / spec.box_id).exists():
@@ -375,9 +376,7 @@ class OciEngine:
     def short_of(self) -> str | None:
         """Asks the disk below the pool, and the pool."""
         try:
-            if self.trouble or (short := self._pool.short_of()):
-                return self.trouble or short
-            return _FULL if self._pool.copies and self._disks.credits.short() else None
+            return self.trouble or self._pool.short_of() or (_FULL if self._disks.credits.short() else None)
         except OSError as error:
             return f"the storage cannot be looked at: {error}"
 

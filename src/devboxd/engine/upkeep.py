@@ -10,11 +10,14 @@ import structlog
 
 from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
+from devboxd.engine.fallback import Fallback
 from devboxd.engine.pool import Pool
 from devboxd.engine.reserve import Reserve
 
 _log = structlog.get_logger(__name__)
 _TEND_S = 0.5
+_TEND_SCARCE_S = 0.1
+"""Before a disk that begins to be written at 2 GB/s has used up what each may take unseen."""
 _TRIM_S = 5.0
 _TRIM_SCARCE_S = 1.0
 _SLICE = 1 << 30
@@ -38,12 +41,19 @@ class Upkeep:
         """Whether the pool had no more room for what boxes write when it was last looked at."""
         return self._pool.copies and self._disks.credits.exhausted
 
+    @property
+    def _scarce(self) -> bool:
+        """Whether not every disk may take all that its size says."""
+        return self._disks.credits.level is not None
+
     async def tend(self) -> None:
         """Let the pool grow before it is full, and renew what each disk may take of it, without end."""
+        if self._pool.copies:
+            self._disks.credits.fallback = Fallback()
         while True:
             await self._tend()
             self.leaving = [process for process in self.leaving if process.poll() is None]
-            await asyncio.sleep(_TEND_S)
+            await asyncio.sleep(_TEND_SCARCE_S if self._scarce else _TEND_S)
 
     async def _tend(self) -> None:
         trouble, full = await finished(self._pool.trouble), self.full
@@ -74,7 +84,7 @@ class Upkeep:
         Not by the kernel at each deletion: a box that deletes much would hold up the others.
         """
         while True:
-            scarce = self._disks.credits.level is not None
+            scarce = self._scarce
             await asyncio.sleep(_TRIM_SCARCE_S if scarce else _TRIM_S)
             if self.trouble is None:
                 for box_id, size in await finished(self._disks.garbage):

@@ -184,9 +184,12 @@ class Volume:
 
         The rest is refused to everybody by the kernel, as what is not there.
         """
+        Path("/sys/fs/ext4", self.device, "reserved_clusters").write_text(str(0 if size is None else self.kept(size)))
+
+    def kept(self, size: int) -> int:
+        """How many blocks are to be kept back so that it holds so many bytes. Raises OSError."""
         blocks = os.fstatvfs(self.descriptor).f_blocks
-        kept = 0 if size is None else max(_OWN, blocks - size // _BLOCK)
-        Path("/sys/fs/ext4", self.device, "reserved_clusters").write_text(str(min(kept, blocks)))
+        return min(blocks, max(_OWN, blocks - size // _BLOCK))
 
     def give_back(self, at_once: bool) -> None:
         """Whether the room of what is deleted leaves the file by itself, soon, or by `trim` alone. Raises OSError."""
