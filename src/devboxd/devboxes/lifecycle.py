@@ -24,7 +24,14 @@ from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.states import LIVE, TERMINAL, Event, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.supervisor import Supervisor
-from devboxd.devboxes.views import CreateDevbox, StateTransition, UpdateDevbox, check_create, resources
+from devboxd.devboxes.views import (
+    CreateDevbox,
+    StateTransition,
+    UpdateDevbox,
+    check_create,
+    check_environment,
+    resources,
+)
 from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import Engine, Figures
 from devboxd.errors import ApiError, bad_request, not_found
@@ -165,6 +172,10 @@ class Devboxes:
         if once.ref is not None:
             return await self.get(account, once.ref)
         launch, size = check_create(body)
+        environment = body.environment_variables or {}
+        if body.environment_of:
+            environment = {**(await self.get(account, body.environment_of)).environment, **environment}
+            check_environment(environment)
         source = body.snapshot_id or None
         disk = size.disk_bytes
         image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source, disk))
@@ -188,7 +199,7 @@ class Devboxes:
             transitions=[StateTransition(Status.PROVISIONING, now)],
             metadata=body.metadata or {},
             launch_parameters=launch,
-            environment=body.environment_variables or {},
+            environment=environment,
             file_mounts=body.file_mounts or {},
             entrypoint=body.entrypoint or None,
             prepared=False,

@@ -144,6 +144,10 @@ class CreateDevbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A name for people; it need not be the only one of its kind. At most 1024 characters. Example: `"first"`"""
     environment_variables: dict[str, str] | None = None
     """Variables of every command. Example: `{"LANG": "C.UTF-8"}`"""
+    environment_of: str | None = None
+    """A devbox whose variables it gets too, where `environment_variables` has none of the same name; an extension of
+    this server, for forks. Example: `"dbx_0BwT25a4ESR05DXUEbW3kZ"`
+    """
     file_mounts: dict[str, str] | None = None
     r"""Files that are written before the devbox is `running`: path to contents. Example: `{"/home/user/.gitconfig":
     "[user]\n"}`
@@ -321,7 +325,7 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     if launch.provisioning_tier == "flex":
         raise _unsupported("launch_parameters.provisioning_tier flex")
     check_labels(body.name, body.metadata)
-    _check_environment(body.environment_variables or {})
+    check_environment(body.environment_variables or {})
     _check_file_mounts(body.file_mounts or {})
     _check_text("entrypoint", body.entrypoint or "")
     for command in launch.launch_commands or ():
@@ -334,6 +338,8 @@ def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     _check_hooks(launch)
     if body.snapshot_id:
         check_id("snp", body.snapshot_id, "snapshot")
+    if body.environment_of:
+        check_id("dbx", body.environment_of, "devbox")
     return launch, resources(launch)
 
 
@@ -365,7 +371,8 @@ def _check_text(field: str, text: str) -> None:
         raise bad_request(f"cannot use {field} with a NUL character: no program of Linux can be given one; remove it")
 
 
-def _check_environment(environment: dict[str, str]) -> None:
+def check_environment(environment: dict[str, str]) -> None:
+    """Raise 400 when variables are more than Linux passes on to a program."""
     for name, value in environment.items():
         if not name or "=" in name or "\0" in name or "\0" in value:
             raise bad_request(
