@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -81,8 +83,11 @@ def test_a_fork_has_disk_and_parameters_and_leaves_no_snapshot(env: dict[str, st
     fork = devboxd("boxes", "fork", "cli named", "--name", "cli fork", env=env).stdout.strip()
     view = api.box(fork)
     assert (view["name"], view["launch_parameters"]["resource_size_request"]) == ("cli fork", "X_SMALL")
-    assert api.output(fork, "cat file") == "kept\n"
+    assert api.output(fork, "cat file; echo $A") == "kept\nb=c\n"
     assert api.call("GET", "/v1/devboxes/disk_snapshots", params={"devbox_id": named})["snapshots"] == []
+    other = devboxd("boxes", "fork", fork, "--env", "A=new", "--env", "B=2", env=env).stdout.strip()
+    assert api.output(other, "echo $A $B") == "new 2\n"
+    api.shutdown(other)
     api.shutdown(fork)
 
 
@@ -130,7 +135,6 @@ def test_folders_are_copied_both_ways(env: dict[str, str], api: Api, box: str, t
     (source / "deep er").mkdir(parents=True)
     (source / "deep er" / "file").write_text("x")
     (source / "link").symlink_to("deep er/file")
-    os.mkfifo(source / "pipe")
     assert devboxd("boxes", "cp", str(source), f"{box}:folders", env=env).returncode == 0
     assert api.output(box, "cat folders/link; ls folders") == "xdeep er\nlink\n"
     assert devboxd("boxes", "cp", str(source), f"{box}:folders", env=env).returncode == 0
@@ -140,6 +144,28 @@ def test_folders_are_copied_both_ways(env: dict[str, str], api: Api, box: str, t
     assert (tmp_path / "out" / "tree" / "deep er" / "file").read_text() == "x"
     assert (tmp_path / "out" / "folders" / "link").read_text() == "x"
     assert api.output(box, "ls /tmp/devboxd-cp-* 2>/dev/null | wc -l") == "0\n"
+
+
+def test_pipes_sockets_and_devices_are_left_out_aloud(env: dict[str, str], api: Api, box: str, tmp_path: Path) -> None:
+    source = tmp_path / "special"
+    (source / "deep").mkdir(parents=True)
+    (source / "file").write_text("x")
+    os.mkfifo(source / "deep" / "pipe\x1b[2J")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(source / "sock"))
+    names = {"deep/pipe\N{REPLACEMENT CHARACTER}[2J", "sock"}
+    if os.geteuid() == 0:
+        for name in ("zero", "null"):
+            os.mknod(source / name, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        names = {"deep/pipe\N{REPLACEMENT CHARACTER}[2J", "null", "sock and 1 more"}
+    why = "left out, because only files, folders and links are copied:"
+    done = devboxd("boxes", "cp", str(source), f"{box}:special", env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{why} {', '.join(sorted(names))}\n")
+    assert api.output(box, "ls special") == "deep\nfile\n"
+    api.output(box, "cd special && mkfifo p && python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('s')\"")
+    done = devboxd("boxes", "cp", f"{box}:special", str(tmp_path / "back"), env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{why} p, s\n")
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == ["deep", "file"]
 
 
 def test_nothing_of_a_hostile_folder_leaves_its_place(env: dict[str, str], api: Api, box: str, tmp_path: Path) -> None:
@@ -224,12 +250,34 @@ def test_completion_is_printed_for_each_shell(shell: str) -> None:
     assert "_DEVBOXD_COMPLETE" in done.stdout
 
 
-def completed(words: str, env: dict[str, str]) -> list[str]:
-    """What bash would offer for the last of these words."""
-    number = len(words.split(" ")) - 1
-    asking = {"_DEVBOXD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(number)}
-    lines = devboxd(env={**env, **asking}).stdout.splitlines()
-    return [line.partition(",")[2] for line in lines if line]
+def completed(words: str, env: dict[str, str], shell: str = "bash") -> list[str]:
+    """What a shell would offer for the last of these words."""
+    begun = words.rpartition(" ")[2]
+    position = begun if shell == "fish" else str(len(words.split(" ")) - 1)
+    asking = {"_DEVBOXD_COMPLETE": f"{shell}_complete", "COMP_WORDS": words, "COMP_CWORD": position}
+    said = devboxd(env={**env, **asking}).stdout
+    if shell == "zsh":  # type, word and description, each in a line
+        return said.splitlines()[1::3]
+    return [line.partition(",")[2].partition("\t")[0] for line in said.splitlines() if line]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_sizes_and_statuses_are_completed_without_a_server(shell: str) -> None:
+    sizes = ["X_SMALL", "SMALL", "MEDIUM", "LARGE", "X_LARGE", "XX_LARGE", "CUSTOM_SIZE"]
+    for command in ("create", "fork BOX"):
+        assert completed(f"devboxd boxes {command} --size ", {}, shell) == sizes
+        assert completed(f"devboxd boxes {command} --size x_", {}, shell) == ["X_SMALL", "X_LARGE"]
+    assert completed("devboxd boxes list --status s", {}, shell) == ["suspending", "suspended", "shutdown"]
+    assert completed("devboxd boxes list --status ", {}, shell)[0] == "provisioning"
+    assert completed("devboxd completion ", {}, shell) == ["bash", "zsh", "fish"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_boxes_and_snapshots_are_completed_in_every_shell(env: dict[str, str], named: str, shell: str) -> None:
+    for command in ("exec", "logs", "suspend", "resume", "snapshot", "fork", "shutdown", "cp"):
+        offered = completed(f"devboxd boxes {command} ", env, shell)
+        assert {named, "cli named"} <= set(offered), command
+    assert named in completed("devboxd snapshot list --devbox dbx_", env, shell)
 
 
 def test_ids_names_and_commands_are_completed(env: dict[str, str], api: Api, named: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from devboxd.cli.completion import box_names, snapshot_ids
+from devboxd.cli.completion import box_names, sizes, snapshot_ids, statuses
 from devboxd.cli.options import ENDED, all_pages, find_box, find_remote, remote_options
 from devboxd.cli.printing import date, printable, table
 from devboxd.errors import ApiError, SetupError
@@ -32,13 +32,16 @@ def boxes() -> None:
 _box = click.argument("box", metavar="BOX", shell_complete=box_names)
 _several = click.argument("names", metavar="BOX...", nargs=-1, required=True, shell_complete=box_names)
 _no_wait = click.option("--no-wait", is_flag=True, help="Return as soon as the server has taken it.")
-_size = click.option("--size", metavar="SIZE", help="Such as X_SMALL, SMALL or LARGE.")
+_size = click.option("--size", metavar="SIZE", shell_complete=sizes, help="Such as X_SMALL, SMALL or LARGE.")
+_variables = click.option(
+    "--env", "variables", multiple=True, metavar="NAME=VALUE", help="For its commands; again for more."
+)
 _name = click.option("--name", metavar="NAME", help="A name for it; several may have the same.")
 
 
 @boxes.command("list")
 @click.option("--all", "every", is_flag=True, help="Also those that have ended.")
-@click.option("--status", metavar="STATUS", help="Only boxes in this state, such as running.")
+@click.option("--status", metavar="STATUS", shell_complete=statuses, help="Only boxes in this state, such as running.")
 @remote_options
 def boxes_list(every: bool, status: str | None, url: str | None, key_file: Path | None, as_json: bool) -> None:
     """List the boxes that live, newest first."""
@@ -58,7 +61,7 @@ def boxes_list(every: bool, status: str | None, url: str | None, key_file: Path 
 @click.option("--memory", type=int, metavar="GIB", help="Its memory.")
 @click.option("--disk", type=int, metavar="GIB", help="Its disk.")
 @click.option("--snapshot", metavar="ID", shell_complete=snapshot_ids, help="Begin from this snapshot.")
-@click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="For its commands; again for more.")
+@_variables
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="A label; may be given again.")
 @click.option("--lifetime", type=int, metavar="SECONDS", help="How long it lives; 3600 if not given, at most 172800.")
 @click.option("--entrypoint", metavar="COMMAND", help="A command that runs as long as the box.")
@@ -171,15 +174,23 @@ def boxes_snapshot(box: str, name: str | None, url: str | None, key_file: Path |
 @boxes.command("fork")
 @_name
 @_size
+@_variables
 @remote_options
 @_box
 def boxes_fork(
-    box: str, name: str | None, size: str | None, url: str | None, key_file: Path | None, as_json: bool
+    box: str,
+    name: str | None,
+    size: str | None,
+    variables: tuple[str, ...],
+    url: str | None,
+    key_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Make a box from the disk of another.
 
-    Its id is printed once it runs. It begins with the same launch parameters, and with a size of its own if one is
-    given. What runs in the other one goes on there. The snapshot in between is deleted.
+    Its id is printed once it runs. It begins with the same launch parameters and variables, and with a size and further
+    variables of its own if they are given. What runs in the other one goes on there, and its entrypoint is not begun
+    here. The snapshot in between is deleted.
     """
     remote = find_remote(url, key_file)
     source = remote.call("GET", f"/v1/devboxes/{find_box(remote, box)}")
@@ -187,9 +198,11 @@ def boxes_fork(
     if size:
         launch = {key: value for key, value in launch.items() if not key.startswith("custom_")}
         launch["resource_size_request"] = size.upper()
+    own = {"environment_of": source["id"], "environment_variables": _pairs("--env", variables)}
     kept = remote.call("POST", f"/v1/devboxes/{source['id']}/snapshot_disk", {"name": f"fork of {source['id']}"})
     try:
-        view = _created(remote, {"name": name, "snapshot_id": kept["id"], "launch_parameters": launch}, wait=True)
+        body = {"name": name, "snapshot_id": kept["id"], "launch_parameters": launch, **own}
+        view = _created(remote, body, wait=True)
     finally:
         try:
             remote.call("POST", f"/v1/devboxes/disk_snapshots/{kept['id']}/delete", {})

@@ -30,6 +30,29 @@ def snapshot_ids(context: click.Context, _: click.Parameter, begun: str) -> list
     return [item for item in items if item.value.startswith(begun)]
 
 
+def box_or_file(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """A box, or a path here, which the shell completes."""
+    return [CompletionItem(begun, type="file"), *box_names(context, parameter, begun)]
+
+
+def sizes(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """The sizes that begin so, in capitals or not, with what they are."""
+    from typing import get_args
+
+    from devboxd.devboxes.views import SIZES, Size
+
+    about = {name: f"{cpus:g} cores, {memory} GiB, disk {disk} GiB" for name, (cpus, memory, disk) in SIZES.items()}
+    items = [CompletionItem(name, help=about.get(name, "of --cpus and --memory")) for name in get_args(Size)]
+    return [item for item in items if item.value.startswith(begun.upper())]
+
+
+def statuses(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
+    """The statuses of boxes that begin so."""
+    from devboxd.devboxes.states import Status
+
+    return [CompletionItem(str(status)) for status in Status if status.startswith(begun)]
+
+
 def _listed(context: click.Context, path: str, name: str) -> list[dict[str, Any]]:
     try:
         remote = find_remote(context.params.get("url"), context.params.get("key_file"))
@@ -44,7 +67,8 @@ def _listed(context: click.Context, path: str, name: str) -> list[dict[str, Any]
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion for a shell.
 
-    It completes commands and options, and ids and names by asking the server. Put it into one of these files:
+    It completes commands, options, sizes and statuses, and ids and names by asking the server. Put it into one of these
+    files:
 
     \b
     bash: /etc/bash_completion.d/devboxd

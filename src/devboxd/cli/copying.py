@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import click
 
-from devboxd.cli.completion import box_names
+from devboxd.cli.completion import box_or_file
 from devboxd.cli.options import find_box, find_remote, server_options
 from devboxd.cli.printing import printable
 from devboxd.errors import SetupError
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     import tarfile
 
     from devboxd.remote import Remote
+
+_NAMED = 3
+"""How many of what is left out are named."""
+_MOST_SOCKETS = 1000
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,14 @@ class _Place:
 
 @click.command("cp")
 @server_options
-@click.argument("source", metavar="SRC", shell_complete=box_names)
-@click.argument("target", metavar="DST", shell_complete=box_names)
+@click.argument("source", metavar="SRC", shell_complete=box_or_file)
+@click.argument("target", metavar="DST", shell_complete=box_or_file)
 def boxes_cp(source: str, target: str, url: str | None, key_file: Path | None) -> None:
     """Copy into a box or out of it.
 
     SRC is a file or folder. One of SRC and DST is a path in a box, BOX:PATH; without a leading / it begins at the home
     of the box's user. The other one is a path here, or - for standard input or output. What is copied into a folder
-    that is there keeps its name.
+    that is there keeps its name. Pipes, sockets and devices in a folder are left out, and said so.
 
     \b
     devboxd boxes cp ./src BOX:work
@@ -124,6 +129,7 @@ def _folder_into(target: _Place, here: Path) -> None:
     with target.archive() as archive, tempfile.TemporaryFile() as packed:
         with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
             tar.add(here.resolve(), arcname=".", filter=_plain)
+        _tell_left_out(list(_special(here)))
         packed.seek(0)
         target.remote.upload(f"{target.url}/upload_file", archive.path, packed)
         target.run(f"mkdir -p -- {folder} && tar -C {folder} --no-same-owner -xf {archive.path}")
@@ -132,6 +138,25 @@ def _folder_into(target: _Place, here: Path) -> None:
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
     """Files, folders and links alone: no sockets, pipes or devices."""
     return entry if entry.isfile() or entry.isdir() or entry.issym() or entry.islnk() else None
+
+
+def _special(folder: Path) -> Iterator[str]:
+    """The pipes, sockets and devices of a folder, which are not copied."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            with suppress(OSError):  # it is gone by now
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+                    yield os.path.relpath(path, folder)
+
+
+def _tell_left_out(names: Sequence[str]) -> None:
+    """Say on standard error what was not copied and is no fault, as rsync does."""
+    if names:
+        first = ", ".join(printable(name) for name in sorted(names)[:_NAMED])
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        click.echo(f"left out, because only files, folders and links are copied: {first}{more}", err=True)
 
 
 def _out_of(place: _Place, target: str) -> None:
@@ -190,16 +215,22 @@ def _folder_out_of(place: _Place, goal: Path) -> None:
     if not hasattr(tarfile, "data_filter"):
         raise SetupError("cannot copy a folder out of a box with this Python: 3.11.4 or newer unpacks safely")
     left_out = []
+    special = []
 
     def filtered(entry: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
         try:
             return tarfile.data_filter(entry, folder)
+        except tarfile.SpecialFileError:
+            special.append(entry.name.removeprefix("./"))
+            return None
         except tarfile.FilterError as error:
             left_out.append(printable(str(error)))
             return None
 
     with place.archive() as archive, tempfile.TemporaryFile() as packed:
-        place.run(f"tar -C {shlex.quote(place.path)} -cf {archive.path} . || [ $? = 1 ]")  # 1: it changed meanwhile
+        path = shlex.quote(place.path)
+        place.run(f"tar -C {path} -cf {archive.path} . || [ $? = 1 ]")  # 1: it changed meanwhile
+        sockets = place.run(f"find {path}/ -type s -printf '%P\\n' | head -n {_MOST_SOCKETS}")  # tar leaves them out
         _fetch(archive, packed)
         packed.seek(0)
         goal.mkdir(exist_ok=True)
@@ -209,5 +240,6 @@ def _folder_out_of(place: _Place, goal: Path) -> None:
         except tarfile.TarError as error:
             why = printable(str(error))
             raise SetupError(f"cannot unpack {place.path!r}: {why}; copy its files one by one") from error
+    _tell_left_out([*special, *sockets.splitlines()])
     if left_out:
         raise SetupError(f"cannot copy all of {place.path!r}: {len(left_out)} left out, the first: {left_out[0]}")
