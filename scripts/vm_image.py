@@ -46,7 +46,6 @@ mkdir -p /dev/pts /dev/shm; mount -t devpts devpts /dev/pts || true
 systemctl enable systemd-networkd ssh
 systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer
 make -C /root/devboxd setup
-ln -s /root/devboxd/.venv/bin/devboxd /usr/local/bin/devboxd
 """
 
 
@@ -72,7 +71,7 @@ def image(release: str) -> Image:
     with _lock(cache()):
         if not folder.is_dir():
             _check_tools()
-            _make(release, folder)
+            _make(folder, release, _base(release))
     return Image(folder / "disk", folder / "vmlinuz", folder / "initrd.img", folder / "key")
 
 
@@ -89,8 +88,17 @@ def checkout() -> bytes:
 
 
 def _digest(release: str) -> str:
-    parts = [SUITES[release], str(_SIZE), *_PACKAGES, repr(_FILES), _SET_UP, recipe.digest(Settings())]
+    """Of all that set-up makes a machine from; the rest of the checkout is brought to each machine anew."""
+    parts = [_base_name(release), repr(_FILES), _SET_UP, recipe.digest(Settings())]
     parts += [(ROOT / name).read_text() for name in ("scripts/setup", "pyproject.toml")]
+    return _hash(parts)
+
+
+def _base_name(release: str) -> str:
+    return f"base-{release}-{_hash([SUITES[release], str(_SIZE), *_PACKAGES])}"
+
+
+def _hash(parts: list[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -110,27 +118,45 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make(release: str, folder: Path) -> None:
+@contextmanager
+def _made(folder: Path, older: str) -> Iterator[Path]:
+    """A folder that takes its name when the block has ended well, in place of `older` ones."""
     new = folder.with_name(folder.name + ".new")
-    for old in [new, *cache().glob(f"{release}-*")]:
+    for old in [new, *cache().glob(older)]:
         shutil.rmtree(old, ignore_errors=True)
     new.mkdir(mode=0o700)
-    print(f"making a machine with Debian {release}; this takes some minutes", flush=True)
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "devboxd-vm", "-f", new / "key"], check=True)
-    with (new / "disk").open("wb") as disk:
-        disk.truncate(_SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-F", new / "disk"], check=True)
-    with _mounted(new / "disk", new / "root") as root:
-        command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(_PACKAGES)}"]
-        subprocess.run(
-            [*command, '--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io", SUITES[release], root],
-            check=True,
-        )
-        _configure(root, new / "key.pub")
-        _set_up(root)
-        for name in ("vmlinuz", "initrd.img"):
-            shutil.copy(root / name, new / name)
+    yield new
     new.rename(folder)
+
+
+def _base(release: str) -> Path:
+    """A disk with Debian and nothing of this project; made when the list of its packages changed."""
+    folder = cache() / _base_name(release)
+    if folder.is_dir():
+        return folder / "disk"
+    print(f"making a disk with Debian {release}; this takes some minutes", flush=True)
+    with _made(folder, f"base-{release}-*") as new:
+        with (new / "disk").open("wb") as disk:
+            disk.truncate(_SIZE)
+        subprocess.run(["mkfs.ext4", "-q", "-F", new / "disk"], check=True)
+        with _mounted(new / "disk", new / "root") as root:
+            command = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(_PACKAGES)}"]
+            options = ('--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io")
+            subprocess.run([*command, *options, SUITES[release], root], check=True)
+    return folder / "disk"
+
+
+def _make(folder: Path, release: str, base: Path) -> None:
+    print(f"setting this project up on a disk with Debian {release}; this takes some minutes", flush=True)
+    with _made(folder, f"{release}-*") as new:
+        key = new / "key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "devboxd-vm", "-f", key], check=True)
+        subprocess.run(["cp", "--reflink=auto", "--sparse=always", base, new / "disk"], check=True)
+        with _mounted(new / "disk", new / "root") as root:
+            _configure(root, key.with_suffix(".pub"))
+            _set_up(root)
+            for name in ("vmlinuz", "initrd.img"):
+                shutil.copy(root / name, new / name)
 
 
 def _configure(root: Path, key: Path) -> None:

@@ -35,6 +35,23 @@ _WRITE = (
     "print(sys.argv[2])"
 )
 _READ = "import sys; t=open(sys.argv[1]).read(); sys.exit(t != sys.argv[2]*20000)"
+_SEEN = {
+    "nproc": "nproc",
+    "nproc --all": "nproc --all",
+    "lscpu": "lscpu | awk '/^CPU\\(s\\)/ {print $2}'",
+    "/proc/cpuinfo": "grep -c ^processor /proc/cpuinfo",
+    "cpu.max": "awk '{print $1 / $2}' /sys/fs/cgroup/cpu.max",
+    "node": "node -p 'os.availableParallelism()'",
+    "python os.cpu_count": "python3 -c 'import os; print(os.cpu_count())'",
+    "python sched_getaffinity": "python3 -c 'import os; print(len(os.sched_getaffinity(0)))'",
+    "/proc/meminfo": "awk '/^MemTotal/ {print $2 / 1048576}' /proc/meminfo",
+    "free": "free -b | awk '/^Mem/ {print $2 / 1073741824}'",
+    "memory.max": "awk '{print $1 / 1073741824}' /sys/fs/cgroup/memory.max",
+    "df": "df -B1 --output=size / | awk 'END {printf \"%.0f\", $1 / 1073741824}'",
+}
+"""How programs find the size of their machine."""
+_SMALL = dict(zip(_SEEN, ["1", "2", "2", "1", "1", "1", "1", "2", "2", "2", "2", "4"], strict=True))
+"""What they find in a small devbox on a machine with two processors, on each of which it may run in turn."""
 Fact = dict[str, Any]
 
 
@@ -55,7 +72,8 @@ def load() -> None:
         if len(boxes) < _BOXES:
             boxes.append(client.create(name=f"box {number}", metadata={"n": "0"}))
             tell("devbox", id=boxes[-1])
-            client.start(boxes[-1], "while :; do dd if=/dev/urandom of=~/noise bs=1M count=20; done 2>/dev/null")
+            how = ("", "conv=fsync", "oflag=dsync")[len(boxes) % 3]
+            client.start(boxes[-1], f"while :; do dd if=/dev/urandom of=~/noise bs=1M count=20 {how}; done 2>/dev/null")
         box = boxes[number % _BOXES % len(boxes)]
         for how in ("sync", "lazy"):
             command = f"python3 -c '{_WRITE.replace(chr(39), chr(34))}' ~/{how}{number} {number}- {how}"
@@ -141,6 +159,16 @@ def _snapshot_holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
     return whole
 
 
+def sizes() -> None:
+    """A small devbox sees that it is small: each line is one way to look."""
+    client = api()
+    box = client.create(launch_parameters={"resource_size_request": "SMALL"})
+    seen = {name: client.output(box, command).strip() for name, command in _SEEN.items()}
+    client.shutdown(box)
+    print(", ".join(f"{name} {value}" for name, value in seen.items()))
+    assert seen == _SMALL, {name: (value, _SMALL[name]) for name, value in seen.items() if value != _SMALL[name]}
+
+
 # -- one devbox ------------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +236,8 @@ if __name__ == "__main__":
             load()
         case "compare":
             print(json.dumps(compare(list(lines()))))
+        case "sizes":
+            sizes()
         case "begin":
             begin()
         case "goes-on":

@@ -249,7 +249,8 @@ async def _part(devboxes: Devboxes) -> None:
     """Leave the boxes, which go on for the next server; but not where the machine itself stops."""
     if await asyncio.to_thread(systemd.machine_stops):
         await devboxes.sleep("the host shuts down; its processes end, its disk is kept: resume it", _SLEEP_S)
-    await devboxes.close()
+    else:
+        await devboxes.close()
 
 
 @contextlib.asynccontextmanager

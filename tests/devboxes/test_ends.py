@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from devboxd.store.db import FILE_NAME
 from support.api import Api
 from support.disks import upper
 from support.leftovers import leftovers, remove_all
@@ -246,6 +248,32 @@ def test_a_machine_that_goes_down_puts_devboxes_to_sleep_first(own_server: Serve
     pids = first_processes(own_server)
     own_server.terminate()  # the service alone: devboxes go on
     assert (len(pids), _living(pids)) == (1, pids)
+
+
+def test_a_machine_goes_down_in_time_though_nothing_can_be_written_down(own_server: Server) -> None:
+    """What could not be told the store ends all the same, and the next server finds it by its disk."""
+    _systemd(own_server, "ActiveState=active")
+    own_server.settings["DEVBOXD_WARM_BOXES"] = "1"
+    own_server.terminate()
+    own_server.start()
+    with own_server.api() as api:
+        box = api.create()
+        api.output(box, "echo kept >file; sync")
+    agent = own_server.agent(box)
+    locked = sqlite3.connect(own_server.state / FILE_NAME, isolation_level=None)
+    locked.execute("BEGIN IMMEDIATE")
+    took = own_server.terminate(60)
+    locked.close()
+    assert took < 30, own_server.tail()
+    assert _living([agent]) == []
+    _systemd(own_server, "ActiveState=inactive")
+    (own_server.state / "boot-id").write_text("another run\n")
+    own_server.start()
+    with own_server.api() as api:
+        assert "the host was restarted" in api.wait_box(box, "suspended")["state_transitions"][-1]["failure_reason"]
+        api.call("POST", f"/v1/devboxes/{box}/resume")
+        api.wait_box(box, "running")
+        assert api.output(box, "cat file") == "kept\n"
 
 
 def test_an_end_that_comes_while_the_server_stops_is_judged_by_the_next_one(own_server: Server) -> None:

@@ -133,27 +133,29 @@ class Devboxes:
         await self._changes.happen(life, event, BoxFailure("execution_failed", text))
 
     async def sleep(self, why: str, seconds: float) -> None:
-        """Put all devboxes to sleep for the reason `why`, before the machine stops.
+        """Put all devboxes to sleep at once for the reason `why`, before the machine stops; then supervise no more.
 
-        After `seconds` everything that still runs is ended as it is: on its disk it is found by the next server.
+        After `seconds` everything of them that still runs is ended as it is: on its disk it is found by the next
+        server. Boxes that wait for a create end with the machine, and the next server removes what is left of them.
         """
-        lives = list(self._lives.values())
-        for life in lives:
-            await self._changes.happen(life, Event.HOST_STOPS, BoxFailure("execution_failed", why))
+        failure = BoxFailure("execution_failed", why)
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                for life in lives:
-                    while life.devbox.status is Status.SUSPENDING:
-                        life.changed.clear()
-                        await life.changed.wait()
+                await asyncio.gather(*(self._fall_asleep(life, failure) for life in self._lives.values()))
         await self._tasks.close()
-        alive = [box_id for box_id, lives in (await self._engine.boxes()).items() if lives]
+        alive = [box_id for box_id, lives in (await self._engine.boxes()).items() if lives and box_id in self._lives]
         for box_id, fault in zip(
             alive, await asyncio.gather(*map(self._engine.stop, alive), return_exceptions=True), strict=True
         ):
             if fault is not None:
                 _log.error("cannot end a box; the machine does", id=box_id, error=str(fault))
         _log.info("devboxes sleep; the machine stops", devboxes=len(self._lives), ended_by_force=len(alive))
+
+    async def _fall_asleep(self, life: Life, failure: BoxFailure) -> None:
+        await self._changes.happen(life, Event.HOST_STOPS, failure)
+        while life.devbox.status is Status.SUSPENDING:
+            life.changed.clear()
+            await life.changed.wait()
 
     async def close(self) -> None:
         """Stop supervising; the boxes go on. Devboxes that have ended are freed first, as far as that is quick."""
