@@ -17,7 +17,7 @@ enum {
     HELPERS_MAX = 64,
     TARGETS_MAX = 1024,        /* processes and job groups of a shell that are remembered while a command runs */
     RETRY_MS = 500,
-    SCRIPT_FD = 9, COMMANDS_FD = 20, CONTROL_FD = 21,
+    SCRIPT_FD = 9, SCRIPT_AGAIN_FD = 250, COMMANDS_FD = 20, CONTROL_FD = 21,
 };
 
 #define OWNER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))

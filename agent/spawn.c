@@ -130,7 +130,8 @@ static void child_record(struct record *r) {
     if (error) child_fail(STAGE_DECODE, error);
 }
 
-/* The script becomes descriptor 9, which `. /dev/fd/9` reads: an argument could not be of any size. */
+/* The script becomes descriptor 9, which `. /dev/fd/9` reads: an argument could not be of any size. A profile may take
+ * that for a lock, so it is also there by a high number, where the limit of descriptors allows one. */
 static void child_script(const struct record *r) {
     if (!r->script_length) return;
     int fd = memfd_create("script", 0);
@@ -141,6 +142,7 @@ static void child_script(const struct record *r) {
         if (n > 0) done += (size_t)n;
     }
     lseek(fd, 0, SEEK_SET);
+    if (dup3(fd, SCRIPT_AGAIN_FD, 0) < 0) errno = 0;
     if (fd == SCRIPT_FD) return;
     place(fd, SCRIPT_FD, 0);
     close(fd);

@@ -175,6 +175,14 @@ async def test_a_script_of_ten_megabytes(session):
     assert session.box.output("script", "out") == b"read it all\n\xff\xfe\n"
 
 
+async def test_a_script_comes_by_two_descriptors(session):
+    """9 is what published servers read, 250 what profiles leave alone; a low limit allows 9 alone."""
+    look = "ls /proc/self/fd; cat <&9; exec 2>&-; cat <&250"
+    await session.start("one", ["bash", "-c", look], script=b"text")
+    assert (await session.exited("one")).status == 0
+    assert session.box.output("one", "out") == b"0\n1\n2\n250\n3\n9\ntext"
+
+
 async def test_the_list_tells_all(session):
     record = encode_record(["cat"], {"PATH": "/bin"}, "/", "root")
     pid = await session.start("one", ["cat"], stdin=True)

@@ -97,17 +97,25 @@ def test_a_named_shell_knows_the_status_of_the_command_before(api: Api, box: str
     assert said == ["", "0\n", "", "7\n", ""]
 
 
-@pytest.mark.parametrize("profile", ["exec 9>/tmp/lock; flock 9", "exec 9</etc/passwd", "exec 9<&-"])
+@pytest.mark.parametrize(
+    "profile", ["exec 9>/tmp/lock; flock 9", "exec 9</etc/passwd", "exec 9<&-", "set -eu; exec 9</dev/null"]
+)
 @pytest.mark.parametrize("shell", [None, "taken"])
-def test_a_profile_that_takes_the_descriptor_of_commands_is_told(
-    api: Api, box: str, profile: str, shell: str | None
-) -> None:
-    """Nothing else is run in their place, and nothing looks as if it had been done."""
+def test_a_profile_keeps_the_descriptor_that_it_took(api: Api, box: str, profile: str, shell: str | None) -> None:
     api.write(box, "/home/user/.profile", profile + "\n")
     try:
-        done = api.run(box, "touch /tmp/done", **({} if shell is None else {"shell_name": shell + profile}))
-        assert done["exit_status"] == 126
-        assert shell is not None or "descriptor 9" in done["stderr"]
+        look = "readlink /proc/$$/fd/9; ls /proc/$$/fd | grep -c 250; (exit 3)"
+        view = api.run(box, look, **({} if shell is None else {"shell_name": shell + profile}))
     finally:
         api.write(box, "/home/user/.profile", "")
-    assert api.run(box, "test -e /tmp/done")["exit_status"] == 1
+    taken = {">": "/tmp/lock\n", "</e": "/etc/passwd\n", "</d": "/dev/null\n"}
+    assert view["stdout"] == next((path for mark, path in taken.items() if mark in profile), "") + "0\n", view
+
+
+def test_a_trace_that_a_profile_begins_shows_the_command_alone(api: Api, box: str) -> None:
+    api.write(box, "/home/user/.profile", "set -x\n")
+    try:
+        view = api.run(box, "echo here")
+    finally:
+        api.write(box, "/home/user/.profile", "")
+    assert (view["stdout"], view["stderr"]) == ("here\n", "++ echo here\n")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from devboxd.executions.shells import READ_DRIVER, shell_script
+from devboxd.executions.shells import READ_DRIVER, READ_SCRIPT, command_script, shell_script
 
 
 class Driver:
@@ -324,6 +324,12 @@ def test_an_idle_shell_lives_on_whatever_tmout_says(shell: Driver) -> None:
         ("if", "echo $?", "2"),
         ("set -u; (exit 3)", "echo $?; echo $?", "3\n0"),
         ("false | (exit 3) | true", "echo $? ${PIPESTATUS[@]}", "0 1 3 0"),
+        ("false | (exit 3)", "echo $? ${PIPESTATUS[@]}", "3 1 3"),
+        ("false | true | (exit 2) | (exit 3)", "echo $? ${PIPESTATUS[@]}", "3 1 0 2 3"),
+        ("false | true | (exit 2) | (exit 3) | true", "echo $? ${PIPESTATUS[@]}", "0 1 0 2 3 0"),
+        ("false | true | (exit 2) | true | (exit 3)", "echo $? ${PIPESTATUS[@]}", "3 1 0 2 0 3"),
+        ("set -e; false | true", "echo $? ${PIPESTATUS[@]}", "0 1 0"),
+        ("trap 'echo E' ERR; set +e; false | true", "echo $? ${PIPESTATUS[@]}", "0 1 0"),
         ("set -o pipefail; (exit 3) | true", "echo $? ${PIPESTATUS[@]}", "3 3 0"),
         ("true |\n(exit 4)", "echo ${PIPESTATUS[@]} $?", "0 4 4"),
         ("cat <<X | grep -c a\na\nX", "echo $?", "0"),
@@ -345,6 +351,60 @@ def test_an_idle_shell_lives_on_whatever_tmout_says(shell: Driver) -> None:
 def test_what_a_living_bash_knows_of_the_command_before(shell: Driver, command: str, asked: str, answer: str) -> None:
     shell.run(command)
     assert shell.run(asked)[1] == f"{answer}\n"
+
+
+@pytest.mark.parametrize(
+    "before", ["true", "(exit 3)", "false | true", "true | (exit 3)", "false | true | false | true"]
+)
+@pytest.mark.parametrize("command", ["done", "echo 'a", "true)", "true | case x in a", "case x in a|b"])
+def test_a_syntax_error_shows_the_command_and_nothing_of_the_driver(shell: Driver, before: str, command: str) -> None:
+    shell.run("set -e; set +e")
+    shell.run(before)
+    status, _, err = shell.run(command)
+    assert status == 2
+    assert "syntax error" in err or "unexpected EOF" in err
+    assert not [word for word in ("devboxd", "builtin", "line 3") if word in err], err
+
+
+@pytest.mark.parametrize("numbers", [(9,), (9, 250)])
+@pytest.mark.parametrize(
+    ("profile", "kept"),
+    [
+        ("", False),
+        ("set -eu", False),
+        ("exec 9<&-", False),
+        ("exec 9</etc/passwd", True),
+        ("set -eu; exec 9</dev/null", True),
+    ],
+)
+def test_a_command_comes_by_9_alone_from_an_agent_of_before(
+    tmp_path: Path, numbers: tuple[int, ...], profile: str, kept: bool
+) -> None:
+    """Where a profile took that it says so, and runs nothing in its place."""
+    (tmp_path / ".profile").write_text(profile)
+    source = os.memfd_create("script", 0)
+    os.write(source, command_script(b"if [ -e /dev/fd/9 ]; then echo kept; else echo free; fi"))
+    os.lseek(source, 0, os.SEEK_SET)
+
+    def descriptors() -> None:
+        for number in numbers:
+            os.dup2(source, number)
+
+    done = subprocess.run(
+        ["bash", "-lc", READ_SCRIPT],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        preexec_fn=descriptors,
+        close_fds=False,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(source)
+    if len(numbers) == 1 and "exec" in profile:
+        assert (done.returncode, done.stdout) == (126, "")
+        assert "a profile uses descriptor 9" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "kept\n" if kept else "free\n", "")
 
 
 def test_errors_name_the_lines_of_the_command(shell: Driver) -> None:

@@ -20,9 +20,12 @@ def test_without_its_home_commands_begin_in_the_root_folder(api: Api, harm: str,
     assert (view["exit_status"], view["stdout"]) == (4, "/\nuser\n/home/user\n")
     assert "devboxd: cannot enter the home directory: " in view["stderr"]
     assert view["stderr"].count("devboxd:") == 1
+    assert "devboxd" not in api.run(box, "pwd", **shell)["stderr"], "it is said once"
     mended = "sudo mv /home/moved /home/user 2>/dev/null || sudo mkdir -p /home/user; sudo chmod 755 /home/user"
     assert api.run(box, mended)["exit_status"] == 0
     assert api.run(box, "pwd")["stdout"] == "/home/user\n"
+    api.run(box, f"cd /; {harm}")
+    assert "devboxd: " in api.run(box, "pwd")["stderr"], "it is said again of what is lost again"
     api.shutdown(box)
 
 
@@ -65,5 +68,5 @@ def test_without_bash_commands_run_by_sh(api: Api, harm: str) -> None:
     assert view["stderr"].startswith("devboxd: cannot execute bash: ")
     view = api.run(box, "echo here", shell_name="s")
     assert view["exit_status"] in (126, 127)
-    assert "cannot execute the program" in view["stderr"]
+    assert "named shells need bash: " in view["stderr"]
     api.shutdown(box)

@@ -42,10 +42,10 @@ _SPAN_S: Final = 0.1
 class AgentError(Exception):
     """The agent refused a request: where (stage), the Linux errno (0 if none) and words for people."""
 
-    def __init__(self, stage: Stage, number: int) -> None:
+    def __init__(self, stage: Stage, number: int, words: str = "") -> None:
         self.stage = stage
         self.errno = number
-        self.name = os.strerror(number).lower() if number else "no reason was given"
+        self.name = words or (os.strerror(number).lower() if number else "no reason was given")
         super().__init__(f"cannot {_STAGE_WORDS.get(stage, 'do this in the devbox')}: {self.name}")
 
 

@@ -72,6 +72,8 @@ class Box:
     """Why nothing runs here any more, once that is so."""
     known: frozenset[str] = frozenset()
     """The keys that the agent knew when it was connected."""
+    told: tuple[str, ...] = ()
+    """What the box was found to have lost, of which a command has told already."""
     room: int = 0
     """For how many more commands the agent has room at least; below 1 it has to be asked."""
     bashes: dict[str, None] = field(default_factory=dict)

@@ -460,7 +460,10 @@ class Executions:
                 if error.stage is not Stage.LOOKUP:
                     raise
                 box.bashes.pop(shell.key, None)
-        raise AgentError(Stage.EXEC, errno.ECHILD)
+        words = (
+            f"the named shell ended {_BEGINNINGS_OF_SHELLS} times before it took the command; see what its profile does"
+        )
+        raise AgentError(Stage.EXEC, errno.ECHILD, words)
 
     async def _begin_shell(self, box: Box, agent: AgentClient, shell: Shell) -> None:
         await box.left(shell.key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -77,11 +78,11 @@ _DRIVER = r"""
         \builtin printf '\\builtin shopt -%s expand_aliases\n#end\n' "$__devboxd_i";
       } >|"$__devboxd/$(( __devboxd_n % 2 ))";
       \builtin set +avx;
-      __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i=;
+      __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i= __devboxd_t=;
       \builtin printf 'E %s %d\n' "$__devboxd_f" "$__devboxd_s" >&21;
     fi;
     \builtin mapfile -t -n 1 -u 20 __devboxd_i;
-    __devboxd_k=${__devboxd_i[0]-} __devboxd_v= __devboxd_e=;
+    __devboxd_k=${__devboxd_i[0]-} __devboxd_v= __devboxd_e= __devboxd_t=;
     if [[ $__devboxd_k ]]; then
       __devboxd_f=/run/devboxd/x/$__devboxd_k;
       \builtin mapfile -d '' __devboxd_c <"$__devboxd_f/c";
@@ -89,25 +90,27 @@ _DRIVER = r"""
       if (( ${#__devboxd_c} < 9999 ))
           && [[ $__devboxd_c == *'|'* || $__devboxd_c == *ERR* || ${__devboxd_d-} == *ERR* ]]
           && [[ $__devboxd_c == *[[:alnum:]\"\'\]\}\)/._*] && $__devboxd_c != *'<<'* && $__devboxd_c != *'()' ]]
-          && [[ $__devboxd_o != *v* ]]
+          && [[ $__devboxd_o != *v* && ($__devboxd_c != *case* || $__devboxd_c == *esac) ]]
           && [[ $__devboxd_c == *done
               || " ${__devboxd_c##*$'\n'}" != *[![:alnum:]_]@(for|select|function|coproc)[[:space:]]* ]]; then
         __devboxd_c+=$'\n{ __devboxd_e=$? __devboxd_p=("${PIPESTATUS[@]}") __devboxd_v=1; } >/dev/null 2>&1';
       fi;
       if (( ${#__devboxd_p[@]} > 1 )) && [[ $__devboxd_s == "${__devboxd_p[-1]}" || -o pipefail ]]; then
+        __devboxd_t=${#__devboxd_p[@]};
         \builtin printf -v __devboxd_e '|(\\builtin exit %d)' "${__devboxd_p[@]}";
         __devboxd_e="${__devboxd_e#'|'}";
       elif (( __devboxd_s )); then
-        __devboxd_e="__devboxd_q() { \\builtin unset -f __devboxd_q; \\builtin return $__devboxd_s; }; __devboxd_q ''";
+        __devboxd_t=1 __devboxd_e="__devboxd_q ''";
+        __devboxd_q() { \builtin unset -f __devboxd_q; \builtin return "$__devboxd_s"; };
       fi;
-      if (( __devboxd_s )); then __devboxd_e+=' && :'; fi;
-      __devboxd_i=';';
+      if (( __devboxd_s )); then __devboxd_t=-$__devboxd_t __devboxd_e+=' && :'; fi;
       if [[ $__devboxd_o || ${__devboxd_d-} ]]; then
-        __devboxd_i=$'\n';
         __devboxd_e="${__devboxd_d:+\\builtin $__devboxd_d;}${__devboxd_e:-\\builtin :}";
         __devboxd_e="${__devboxd_o:+\\builtin set -$__devboxd_o;}$__devboxd_e";
+        __devboxd_t= __devboxd_c="{ $__devboxd_e; } >/dev/null 2>&1"$'\n'"$__devboxd_c";
+      elif (( ${#__devboxd_t} && (__devboxd_t > 4 || __devboxd_t < -4) )); then
+        __devboxd_c="{ $__devboxd_e; } >/dev/null 2>&1;$__devboxd_c";
       fi;
-      if [[ $__devboxd_e ]]; then __devboxd_c="{ $__devboxd_e; } >/dev/null 2>&1$__devboxd_i$__devboxd_c"; fi;
       __devboxd_i=/dev/null;
       if [[ -p $__devboxd_f/0 ]]; then __devboxd_i=$__devboxd_f/0; fi;
       \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2";
@@ -118,12 +121,26 @@ _DRIVER = r"""
   do
     for __devboxd_i in 1; do
       \builtin : '';
+      case $__devboxd_t in
+        -1) __devboxd_q '' && \builtin : ;;
+        ARMS
+      esac;
       \builtin eval -- "$__devboxd_c" 20<&- 21>&-;
     done;
   done;
 }
 """
-DRIVER = " ".join(line.strip() for line in _DRIVER.splitlines())
+
+
+def _arms() -> Iterator[str]:
+    """The arms that leave a PIPESTATUS: one that ends in 0 would be lost by `&& :`, one that does not would end a shell
+    with `set -e` without it."""
+    for count in range(2, 5):
+        pipe = "|".join(rf'(\builtin exit "${{__devboxd_p[{i}]}}")' for i in range(count))
+        yield rf"{count}) {{ {pipe}; }} >/dev/null 2>&1 ;; -{count}) {{ {pipe}; }} >/dev/null 2>&1 && \builtin : ;;"
+
+
+DRIVER = " ".join(line.strip() for line in _DRIVER.replace("ARMS", " ".join(_arms())).splitlines())
 """What the bash of a named shell runs: one line, so that errors name the lines of the command. It reads keys at
 descriptor 20 and answers at 21.
 
@@ -161,26 +178,40 @@ def shell_key(name: str) -> str:
 
 _MARK = "__devboxd=;"
 """Begins each script, so that nothing is run that a profile opened in its place. /bin/sh runs it to no effect."""
+_READ = (
+    r"\unset -f builtin command; __devboxd_r=; "
+    r'\builtin mapfile -d "" -u 250 __devboxd_r && __devboxd_r=${__devboxd_r-} '
+    r'&& \builtin [ "$__devboxd_r" != "${__devboxd_r#"MARK"}" ] '
+    r'|| \builtin mapfile -d "" -u 9 __devboxd_r || \builtin :; '
+    r"\builtin [ -e /dev/fd/250 ] && \builtin [ ! /dev/fd/9 -ef /dev/fd/250 ] || \command exec 9<&-; "
+    r"\command exec 250<&-; __devboxd_r=${__devboxd_r-}; "
+    r'\builtin [ "$__devboxd_r" != "${__devboxd_r#"MARK"}" ] '
+).replace("MARK", _MARK)
+"""Takes the script from descriptor 250, or from 9, at which agents of before have it alone and profiles their locks;
+a 9 that is not the script stays. No word here can be an alias."""
 _TAKEN = (
     r'\builtin printf "devboxd: cannot run the command: a profile uses descriptor 9, by which it comes; '
     r'let the profile use another\n" >&2; \builtin exit 126'
 )
 READ_SCRIPT = (
-    r'{ \unset -f builtin command; __devboxd_r=; \builtin mapfile -d "" -u 9 __devboxd_r; '
-    rf'\builtin [ "$__devboxd_r" != "${{__devboxd_r#"{_MARK}"}}" ] '
-    rf'&& BASH_EXECUTION_STRING=${{__devboxd_r#"{_MARK}"}} && \command exec 9<&- '
-    rf"|| BASH_EXECUTION_STRING='{_TAKEN}'; "
-    r'\builtin unset __devboxd_r; } >/dev/null 2>&1; \builtin eval -- "$BASH_EXECUTION_STRING"'
+    "{ "
+    + _READ
+    + r'&& BASH_EXECUTION_STRING=${__devboxd_r#"MARK"} || '.replace("MARK", _MARK)
+    + f"BASH_EXECUTION_STRING='{_TAKEN}'; "
+    + r'\builtin unset __devboxd_r; \builtin [ "$-" = "${-#*x}" ] '
+    r'|| BASH_EXECUTION_STRING="{ \\builtin set -x; } 2>/dev/null;$BASH_EXECUTION_STRING"; \builtin set +x; } '
+    r'>/dev/null 2>&1; \builtin eval -- "$BASH_EXECUTION_STRING"'
 )
-"""Runs the script at descriptor 9: one of any size, which no list of processes shows, neither here nor on the host."""
+"""Runs the script of a command: one of any size, which no list of processes shows, neither here nor on the host.
+`set -x` of a profile begins with the command."""
+READ_SCRIPT_BY_SH = "if [ -e /dev/fd/250 ]; then . /dev/fd/250; else . /dev/fd/9; fi"
 
 READ_DRIVER = (
-    r"\unset -f builtin command; \builtin shopt -u expand_aliases; "
-    r'__devboxd_r=; \builtin mapfile -d "" -u 9 __devboxd_r; '
-    rf'\builtin [ "$__devboxd_r" != "${{__devboxd_r#"{_MARK}"}}" ] || \builtin exit 126; '
-    rf'\command exec 9<&-; \builtin eval "${{__devboxd_r#"{_MARK}"}}"'
+    r"\unset -f builtin; \builtin shopt -u expand_aliases; "
+    + _READ
+    + r'|| \builtin exit 126; \builtin eval "${__devboxd_r#"MARK"}"'.replace("MARK", _MARK)
 )
-"""Runs the driver at descriptor 9, behind which a record may stand."""
+"""Runs the driver, behind which a record may stand."""
 
 
 def command_script(command: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Starts in a box that has lost its home, its /etc/passwd or its bash: what is known from the create is used instead.
 
-As sshd and login do, a command begins in `/` then, with the ids and the home that it would have, or in `/bin/sh`; it
-says so on its stderr.
+As sshd and login do, a command begins in `/` then, with the ids and the home that it would have, or in `/bin/sh`. The
+first one that finds it so says it on its stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from devboxd.agent.client import AgentError
 from devboxd.agent.protocol import Stage, encode_record
 from devboxd.executions.box import Box, patient
-from devboxd.executions.shells import READ_SCRIPT
+from devboxd.executions.shells import READ_SCRIPT, READ_SCRIPT_BY_SH
 
 _NO_PROGRAM = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP, errno.EISDIR})
 
@@ -29,8 +29,8 @@ class _Start(msgspec.Struct, frozen=True):
     directory: str = ""
     words: tuple[str, ...] = ()
 
-    def record(self, script: bytes, shell: bool) -> bytes:
-        said = "\n".join(f"devboxd: {words}" for words in self.words)
+    def record(self, script: bytes, shell: bool, news: tuple[str, ...]) -> bytes:
+        said = "\n".join(f"devboxd: {words}" for words in news)
         if not said:
             read = self.read
         elif shell:
@@ -48,14 +48,17 @@ async def begin(box: Box, read: str, script: bytes, tell: Callable[[bytes], Awai
     start = _Start("bash", read, "root" if root else box.user, dict(box.environment))
     shell = read is not READ_SCRIPT
     while True:
+        news = tuple(words for words in start.words if words not in box.told)
         try:
-            await patient(partial(tell, start.record(script, shell)))
+            await patient(partial(tell, start.record(script, shell, news)))
         except AgentError as error:
             other = _instead(box, start, error, shell)
             if other is None:
                 raise
             start = other
         else:
+            if not root:
+                box.told = start.words
             return
 
 
@@ -73,9 +76,11 @@ def _instead(box: Box, start: _Start, error: AgentError, shell: bool) -> _Start 
         changes = {"directory": "/"}
     elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and start.program == "bash":
         return msgspec.structs.replace(start, program="/bin/bash")
-    elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and start.program == "/bin/bash" and not shell:
+    elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and shell:
+        raise AgentError(Stage.EXEC, error.errno, f"named shells need bash: {error.name}") from error
+    elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and start.program == "/bin/bash":
         words = f"cannot execute bash: {error.name}; going on with /bin/sh"
-        changes = {"program": "/bin/sh", "read": ". /dev/fd/9"}
+        changes = {"program": "/bin/sh", "read": READ_SCRIPT_BY_SH}
     else:
         return None
     return msgspec.structs.replace(start, words=(*start.words, words), **changes)
