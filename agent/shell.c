@@ -134,6 +134,15 @@ static void folder_path(struct text key, char *path, size_t size) {
     snprintf(path, size, FOLDERS "/%.*s", (int)key.length, key.bytes);
 }
 
+static void folder_clear(const char *folder) {
+    char path[160];
+    for (const char *name = "012c"; *name; name++) {
+        snprintf(path, sizeof path, "%s/%c", folder, *name);
+        unlink(path);
+    }
+    rmdir(folder);
+}
+
 static void run_body(const struct request *q, int channel, int text) {
     static struct report r;
     char path[128];
@@ -145,6 +154,7 @@ static void run_body(const struct request *q, int channel, int text) {
     snprintf(path, sizeof path, RECORDS "/%s", shell->key);
     if (mkdir(path, 0700) == 0 && lchown(path, shell->uid, shell->gid) < 0) finish(channel, STAGE_OPEN, errno);
     folder_path(q->key, path, sizeof path);
+    folder_clear(path); /* a shell that has died may have left one of this key */
     if (mkdir(path, 0700) < 0) finish(channel, STAGE_OPEN, errno);
     int folder = open(path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC), fds[3], count = 2;
     if (folder < 0) finish(channel, STAGE_OPEN, errno);
@@ -160,16 +170,10 @@ static void run_body(const struct request *q, int channel, int text) {
 }
 
 static void remove_body(const struct request *q, int channel, int unused) {
-    char path[160];
+    char path[128];
     (void)unused;
     folder_path(q->key, path, sizeof path);
-    size_t length = strlen(path);
-    for (const char *name = "012c"; *name; name++) {
-        snprintf(path + length, sizeof path - length, "/%c", *name);
-        unlink(path);
-    }
-    path[length] = 0;
-    rmdir(path);
+    folder_clear(path);
     finish(channel, STAGE_NONE, 0);
 }
 

@@ -160,6 +160,12 @@ async def test_a_shell_that_closed_its_pipes(session):
     assert (await session.run("look", look)).stdout == b"clean\n"
 
 
+async def test_the_folder_of_a_start_that_failed_hinders_no_other(shell):
+    """A shell that dies as a command comes leaves one, and the command is told to the next shell."""
+    await shell.run("left", "mkdir -p /run/devboxd/x/one; mkfifo /run/devboxd/x/one/1; echo old >/run/devboxd/x/one/c")
+    assert (await shell.run_in("sh", "one", "echo new")).stdout == b"new\n"
+
+
 async def test_commands_survive_the_server(box):
     first = await box.session()
     await first.start_shell("sh")

@@ -112,6 +112,23 @@ def test_a_profile_keeps_the_descriptor_that_it_took(api: Api, box: str, profile
     assert view["stdout"] == next((path for mark, path in taken.items() if mark in profile), "") + "0\n", view
 
 
+@pytest.mark.parametrize("profile", ["exec 20</dev/null", "exec 20<&-", "exec 21>&-", "exec 21>/dev/null"])
+def test_a_profile_that_takes_the_descriptors_of_a_named_shell_ends_its_commands(
+    api: Api, box: str, profile: str
+) -> None:
+    """None waits for ever."""
+    api.write(box, "/home/user/.profile", profile + "\n")
+    try:
+        for _ in range(3):
+            view = api.run(box, "touch /tmp/done", shell_name=profile)
+            assert view["exit_status"] == 126
+            assert "file exists" not in view["stderr"]
+    finally:
+        api.write(box, "/home/user/.profile", "")
+    assert api.run(box, "test -e /tmp/done")["exit_status"] == 1
+    assert api.run(box, "echo on", shell_name=profile)["stdout"] == "on\n"
+
+
 def test_a_trace_that_a_profile_begins_shows_the_command_alone(api: Api, box: str) -> None:
     api.write(box, "/home/user/.profile", "set -x\n")
     try:

@@ -17,6 +17,7 @@ SHELLS_MAX = 32
 _DRIVER = r"""
 {
   if {
+    \builtin [ -p /dev/fd/20 ] && \builtin [ -p /dev/fd/21 ] || \builtin exit 126;
     \builtin set -m;
     \builtin shopt -s expand_aliases;
     __devboxd=/run/devboxd/s/KEY __devboxd_n=0 __devboxd_k= __devboxd_v=;
