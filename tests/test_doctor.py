@@ -282,3 +282,72 @@ def test_a_read_only_disk_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "statvfs", lambda _: ReadOnly)
     found = doctor._space(Settings(state=tmp_path))
     assert (found.level, "is read-only" in found.found) == ("error", True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"domains": ("https://devboxes.example.com",)},
+        {"domains": ("devboxes.example.com:8080",)},
+        {"domains": ("*.example.com",)},
+        {"domains": ("two words",)},
+        {"domains": ("ok.example.com", "x" * 64 + ".example.com")},
+        {"domains": ("\N{LATIN SMALL LETTER E WITH ACUTE}" * 300,)},
+        {"domains": ("",)},
+        {"cors_origins": ("app.example.com",)},
+        {"cors_origins": ("https://app.example.com/",)},
+        {"cors_origins": ("https://App.example.com",)},
+        {"cors_origins": ("https://app.example.com:99999",)},
+        {"cors_origins": ("*",)},
+        {"cors_origins": ("null",)},
+        {"cors_origins": ("https://",)},
+        {"dns_servers": ("dns.example.com",)},
+        {"deny_cidrs": ("10.0.0.0/33",)},
+        {"allow_endpoints": ("192.0.2.1",)},
+        {"apt_mirror": "mirror.example.com/debian"},
+        {"apt_mirror": "http://a/debian http://b/security http://c"},
+        {"pip_index_url": "https://[::1"},
+        {"npm_registry": "file:///srv/npm"},
+        {"ca_certificates": (Path("/nowhere.crt"),)},
+    ],
+    ids=str,
+)
+def test_a_setting_that_the_server_cannot_use_is_an_error_of_doctor(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    found = [check for check in doctor.checks(Settings(**wrong)) if check.name == "Settings"]
+    assert [check.level for check in found] == ["error"]
+    assert name in found[0].found or "CA certificate" in found[0].found
+    assert re.match(r"cannot (use|read) ", found[0].found)
+
+
+def test_every_wrong_setting_is_told_at_once() -> None:
+    wrong = Settings(domains=("a b",), cors_origins=("x",), deny_cidrs=("y",))
+    assert len([check for check in doctor.checks(wrong) if check.name == "Settings"]) == 3
+
+
+def test_right_settings_are_taken() -> None:
+    right = Settings(
+        domains=(
+            "devboxes.example.com",
+            "box_1",
+            "10.0.0.7",
+            "[fd00::7]",
+            "b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.example",
+        ),
+        cors_origins=("https://app.example.com", "http://localhost:3000", "http://[::1]:3000", "https://10.0.0.7"),
+        apt_mirror="http://mirror.example.com/debian https://mirror.example.com/security",
+        pip_index_url="https://user:word@pip.example.com/simple",
+        npm_registry="https://npm.example.com:8443/",
+    )
+    assert not [check for check in doctor.checks(right) if check.name == "Settings"]
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"), [("rw", False), ("rw,hidepid=invisible", True), ("rw,hidepid=0", False)]
+)
+def test_it_says_who_sees_the_commands_of_boxes(options: str, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"23 28 0:21 / /proc rw,nosuid - proc proc {options}\n"
+    monkeypatch.setattr(probes, "_text", lambda path: line)
+    assert probes.processes_hidden() is hidden
+    check = doctor._process_list()
+    assert ("hidepid=invisible" in check.consequence) is not hidden

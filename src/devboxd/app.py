@@ -44,7 +44,7 @@ from devboxd.executions.records import Records
 from devboxd.executions.running import Executions
 from devboxd.executions.tailing import Tailing
 from devboxd.executions.watch import Watcher
-from devboxd.http.listening import HttpServer, listen
+from devboxd.http.listening import HttpServer
 from devboxd.http.once import STOPPING_S
 from devboxd.http.operation import Application, Unready, build
 from devboxd.http.requests import Requests
@@ -96,18 +96,15 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; the boxes go on. Returns the exit code.
+def run(settings: Settings, listener: socket.socket) -> int:
+    """Serve on this socket until SIGTERM or SIGINT; the boxes go on. Returns the exit code.
 
-    Raises SetupError when the folder or the port is not to be had, or the machine refuses what boxes need.
+    Raises SetupError when the folder is not to be had, or the machine refuses what boxes need.
     """
     _give_memory_back()
     instance = claim(settings.state)
     try:
-        with (
-            listen(settings.host, settings.port) as listener,
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, instance, listener))
     except EngineError as error:
         raise SetupError(str(error)) from error

@@ -11,7 +11,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from devboxd.engine.images import Images
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import which
 from devboxd.errors import SetupError
+from devboxd.http import guard
 
 Level = Literal["ok", "warning", "error"]
 _GIB = 1 << 30
@@ -66,7 +67,7 @@ def checks(settings: Settings) -> list[Check]:
     if root:
         found.append(_nftables())
     found += [_memory(), _open_files(), _file_table(), _inotify(), _processes()]
-    found += [_terminals(), *([_filters()] if root else []), _crashes()]
+    found += [_terminals(), *([_filters()] if root else []), _crashes(), _process_list()]
     found += [*_neighbours(root), _figures(), _selinux(), *_names(settings), _lan(settings), _kernel(settings)]
     return found
 
@@ -176,16 +177,11 @@ def _image(settings: Settings) -> Check:
 
 def _settings(settings: Settings) -> Iterator[Check]:
     """Settings whose form only their users know."""
-    name, consequence = "Settings", "the server does not guess what was meant"
-    try:
-        extra = recipe.certificates(settings)
-        network.networks(settings.deny_cidrs)
-        network.endpoints(settings.allow_endpoints)
-        network.servers(settings)
-    except SetupError as error:
-        yield Check(name, "error", str(error), consequence, "correct it in the file of settings or the environment")
-        return
-    if extra:
+    wrong = [words for check in _SETTINGS if (words := _refusal(check, settings))]
+    for words in wrong:
+        cure = "correct it in the file of settings or the environment"
+        yield Check("Settings", "error", words, "the server does not guess what was meant", cure)
+    if not wrong and (extra := recipe.certificates(settings)):
         count = f"{len(extra)} extra CA certificate{'s' if len(extra) > 1 else ''}"
         yield Check("Certificates", "ok", count, "images and boxes trust them as this host does")
     for variable in recipe.refused_proxies(os.environ):
@@ -196,6 +192,26 @@ def _settings(settings: Settings) -> Iterator[Check]:
             "it is not passed on to boxes, so tools in them go without a proxy",
             "let the proxy listen on an address beyond loopback, without a password, and list it in allow_endpoints",
         )
+
+
+_SETTINGS: tuple[Callable[[Settings], object], ...] = (
+    recipe.certificates,
+    recipe.check_sources,
+    network.servers,
+    lambda settings: network.networks(settings.deny_cidrs),
+    lambda settings: network.endpoints(settings.allow_endpoints),
+    lambda settings: guard.host_names(settings.domains),
+    lambda settings: guard.origins(settings.cors_origins),
+)
+"""What reads them for the server, each of which raises SetupError for what it cannot use."""
+
+
+def _refusal(check: Callable[[Settings], object], settings: Settings) -> str | None:
+    try:
+        check(settings)
+    except SetupError as error:
+        return str(error)
+    return None
 
 
 def _seccomp(settings: Settings) -> Check:
@@ -450,6 +466,20 @@ def _crashes() -> Check:
         follows = "a box chooses 15 characters of those lines, newlines included"
         return Check("Kernel log", "warning", found, follows, cure)
     return Check("Kernel log", "ok", "crashes of programs are not in it", "boxes write to it when memory runs out only")
+
+
+def _process_list() -> Check:
+    """Processes of boxes are processes of this machine."""
+    name = "Process list"
+    if probes.processes_hidden():
+        return Check(name, "ok", "/proc is mounted with hidepid", "users of this host do not see what boxes run")
+    return Check(
+        name,
+        "ok",
+        "/proc is mounted without hidepid",
+        "every user of this host sees the command lines of programs in boxes by ps; where that matters, mount it with "
+        "hidepid=invisible (mount -o remount,hidepid=invisible /proc, and in /etc/fstab for good)",
+    )
 
 
 def _set_for_good(topic: str, *values: str) -> str:

@@ -61,6 +61,18 @@ def file_system(path: Path) -> tuple[str, str]:
     return best
 
 
+def processes_hidden() -> bool:
+    """Whether users see their own processes alone in /proc."""
+    for line in _text(Path("/proc/self/mountinfo")).splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[4] == "/proc":
+            options = after.split()[2].split(",")
+            return any(
+                f"hidepid={value}" in options for value in ("1", "2", "4", "noaccess", "invisible", "ptraceable")
+            )
+    return False
+
+
 def namespace(kind: str) -> bool:
     """Whether the kernel has namespaces of this kind."""
     return Path(f"/proc/self/ns/{kind}").exists()

@@ -90,11 +90,31 @@ def test_a_port_in_use_is_refused_and_its_owner_named(server: Server, tmp_path: 
         ({"DEVBOXD_HOST": "::z"}, "::z"),
         ({"DEVBOXD_PORT": "70000"}, "65535"),
         ({"DEVBOXD_PORT": "0"}, "from 1 to 65535"),
+        ({"DEVBOXD_HOST": "nowhere.invalid"}, "'nowhere.invalid' is no address of this machine"),
+        ({"DEVBOXD_HOST": "2001:db8::9"}, "does not have that address"),
+        ({"DEVBOXD_HOST": "x" * 300}, "is no address of this machine"),
+        ({"DEVBOXD_HOST": "http://localhost"}, "'http://localhost' is no address of this machine"),
     ],
 )
-def test_what_is_no_address_or_port_is_refused(tmp_path: Path, environment: dict[str, str], words: str) -> None:
+def test_what_is_no_address_or_port_is_refused_and_nothing_made(
+    tmp_path: Path, environment: dict[str, str], words: str
+) -> None:
     port = {} if "DEVBOXD_PORT" in environment else {"DEVBOXD_PORT": str(free_port())}
     assert words in serve(tmp_path, **environment, **port)
+    assert list(tmp_path.iterdir()) == [], "what cannot listen makes nothing"
+
+
+@needs_root
+def test_a_busy_port_is_refused_before_anything_is_made(taken: socket.socket, tmp_path: Path) -> None:
+    refusal = serve(tmp_path, "--port", str(taken.getsockname()[1]), "--host", "0.0.0.0")
+    assert refusal.startswith("cannot listen on 0.0.0.0:")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ipv6_is_listened_on_and_answers() -> None:
+    port = free_port()
+    with listen("::1", port) as listener, socket.create_connection(("::1", port)):
+        assert listener.family == socket.AF_INET6
 
 
 @needs_root

@@ -56,11 +56,23 @@ def serve(
             "cannot serve: boxes are made of namespaces and mounts, which only root may make; run it as root"
             " (`devboxd systemd-unit` prints a unit)"
         )
-    from devboxd import doctor, logs
+    from devboxd import app, logs
+    from devboxd.http.listening import listen
+
+    logs.configure(settings.log_format)
+    with listen(settings.host, settings.port) as listener:  # before anything is made or tried
+        _check_machine(settings)
+        if not settings.host.startswith(_LOOPBACK):
+            click.echo(_exposure(settings), err=True)
+        sys.exit(app.run(settings, listener))
+
+
+def _check_machine(settings: Settings) -> None:
+    """End with 2 and every reason for which the server cannot start here."""
+    from devboxd import doctor
     from devboxd.backup import check_not_cut
     from devboxd.engine.reserve import Reserve
 
-    logs.configure(settings.log_format)
     check_not_cut(settings.state)
     if settings.state.is_dir():
         Reserve(settings.state).give_up_if_full()
@@ -68,11 +80,6 @@ def serve(
         for refusal in refusals:
             refuse(str(refusal))
         sys.exit(2)
-    if not settings.host.startswith(_LOOPBACK):
-        click.echo(_exposure(settings), err=True)
-    from devboxd import app
-
-    sys.exit(app.run(settings))
 
 
 def _exposure(settings: Settings) -> str:

@@ -143,8 +143,9 @@ def mirrors(settings: Settings, environ: Mapping[str, str] = os.environ, root: P
     """The settings, else what this host uses as far as a box can use it too.
 
     Of the host only http and https URLs are taken, never one that names this machine itself or carries a password:
-    a box could not reach the first and must not see the second.
+    a box could not reach the first and must not see the second. Raises SetupError for settings that are no URLs.
     """
+    check_sources(settings)
     archive, security = _apt_mirrors(settings, root)
     return Mirrors(
         archive=archive,
@@ -175,6 +176,23 @@ def certificates(settings: Settings) -> dict[str, bytes]:
         digest = hashlib.sha256(content).hexdigest()[:8]
         found[f"{re.sub('[^A-Za-z0-9_-]', '_', path.stem)}-{digest}.crt"] = content
     return found
+
+
+def check_sources(settings: Settings) -> None:
+    """Raise SetupError when a mirror, index or registry of the settings is no address that a program can fetch from."""
+    named = {name: (getattr(settings, name) or "").split() for name in ("apt_mirror", "pip_index_url", "npm_registry")}
+    for name, addresses in named.items():
+        if len(addresses) > (2 if name == "apt_mirror" else 1) or not all(map(_is_address, addresses)):
+            shown = getattr(settings, name)[:64]
+            raise SetupError(f"cannot use {shown!r} as {name}: write an address as in https://mirror.example.com/path")
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def base_environment(settings: Settings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:

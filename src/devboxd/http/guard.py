@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
+from collections.abc import Iterable
 from urllib.parse import quote
 
 import structlog
@@ -11,7 +13,7 @@ from sqlalchemy import bindparam, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from devboxd.config import Settings
-from devboxd.errors import ApiError, bad_request
+from devboxd.errors import ApiError, SetupError, bad_request
 from devboxd.http.answer import Answer, of_error
 from devboxd.http.requests import UNKNOWN, Requests
 from devboxd.store.db import Store
@@ -19,6 +21,8 @@ from devboxd.store.schema import keys
 from devboxd.store.statement import Statement
 
 _NOSNIFF = (b"x-content-type-options", b"nosniff")
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*|\[[0-9a-f:.]+\]")
 _METHODS = b"GET, POST, PUT, PATCH, DELETE"
 _log = structlog.get_logger()
 _find_key = Statement(
@@ -31,6 +35,38 @@ _find_key = Statement(
 def hash_key(secret: str) -> str:
     """What the store keeps of a key; keys are random, so a plain hash is enough."""
     return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest()
+
+
+def host_names(domains: Iterable[str]) -> list[bytes]:
+    """The names of `domains` as a Host header has them. Raises SetupError for what is no name or address of a host."""
+    found = []
+    for text in domains:
+        try:
+            name = text.lower().encode("idna").decode() if not text.isascii() else text.lower()
+        except UnicodeError:
+            name = ""
+        if not _HOST.fullmatch(name):
+            raise SetupError(
+                f"cannot use {text[:64]!r} in domains: it is no host name; write it without scheme, port and path, as "
+                "in devboxes.example.com"
+            )
+        found.append(name.encode())
+    return found
+
+
+def origins(texts: Iterable[str]) -> list[bytes]:
+    """The origins of `cors_origins` as browsers send them. Raises SetupError for what no browser sends."""
+    found = []
+    for text in texts:
+        scheme, _, rest = text.partition("://")
+        name, _, port = rest.rpartition(":") if re.search(r":\d+$", rest) else (rest, "", "0")
+        if scheme not in ("http", "https") or not _HOST.fullmatch(name) or int(port) >= 1 << 16:
+            raise SetupError(
+                f"cannot use {text[:64]!r} in cors_origins: browsers send scheme, host in small letters and port, and "
+                "nothing after them; write it as in https://app.example.com"
+            )
+        found.append(text.encode())
+    return found
 
 
 async def authenticate(store: Store, scope: Scope) -> None:
@@ -59,9 +95,9 @@ class Guard:
     def __init__(self, inner: ASGIApp, settings: Settings, requests: Requests) -> None:
         self._inner = inner
         self._requests = requests
-        names = {"localhost", "127.0.0.1", "[::1]", _bracketed(settings.host), *settings.domains}
-        self._hosts = {name.lower().encode("idna" if name.isascii() is False else "ascii") for name in names}
-        self._origins = {origin.encode() for origin in settings.cors_origins}
+        self._hosts = {b"localhost", b"127.0.0.1", b"[::1]", _bracketed(settings.host).lower().encode()}
+        self._hosts |= set(host_names(settings.domains))
+        self._origins = set(origins(settings.cors_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request and log it: method, path, status, milliseconds, and who asked; nothing else of it."""
