@@ -35,3 +35,31 @@ def test_a_link_on_path_is_made_said_and_never_put_over_something_else(tmp_path:
     link.unlink()
     link.symlink_to("/nonexistent")
     assert "left as it is" in linked(tmp_path)
+
+
+def installed(folder: Path, pip: str) -> subprocess.CompletedProcess[bytes]:
+    """What `install` of scripts/setup does with this program in the place of pip, on a terminal."""
+    lines = (ROOT / "scripts" / "setup").read_text().partition("\ninstall() {")[2].partition("\n}\n")[0]
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f"#!/bin/sh\n{pip}\n")
+    python.chmod(0o755)
+    (folder / ".make").mkdir(exist_ok=True)
+    (folder / "run").write_text(f"set -eu\ninstall() {{{lines}\n}}\ninstall x\necho went on\n")
+    return subprocess.run(
+        ["script", "-qec", "sh ./run", "/dev/null"],
+        cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_pip_is_seen_at_work_and_its_failure_ends_set_up(tmp_path: Path) -> None:
+    good = installed(tmp_path, 'echo "Collecting one"; echo "  hash"; echo "Downloading two.whl (3 kB)"')
+    assert good.returncode == 0, good
+    assert b"Collecting one" in good.stdout
+    assert b"Downloading two.whl" in good.stdout
+    assert b"hash" not in good.stdout
+    assert b"went on" in good.stdout
+    bad = installed(tmp_path, 'echo "Collecting one"; echo "no matching distribution" >&2; exit 1')
+    assert bad.returncode != 0
+    assert b"no matching distribution" in bad.stdout
+    assert b"went on" not in bad.stdout

@@ -62,7 +62,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     npm_registry: str | None = None
     """Registry of npm in boxes; unset: the host's, when boxes can reach it."""
     disk_bytes_per_second: Count = 0
-    """Most bytes that each new box reads from the disk in a second, and writes to it; 0: as many as the disk gives."""
+    """Most bytes that each new box reads from the disk in a second, and writes to it; 0: as many as the disk gives.
+    With cgroups version 1 the pace of writes holds for what programs sync, not for what the kernel writes later."""
     pool_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 4
     """How many namespaces with network are kept ready for new boxes."""
     warm_boxes: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 2

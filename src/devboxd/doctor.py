@@ -170,7 +170,7 @@ def _image(settings: Settings) -> Check:
         name,
         "warning",
         "not built yet",
-        "the first start of serve builds it, which takes about a minute and needs a mirror of Debian",
+        "the first start of serve builds it, which takes a minute or two and needs a mirror of Debian",
         "build it now: devboxd image build",
     )
 
