@@ -296,7 +296,7 @@ def _check_may(folder: Path, verb: str) -> None:
     if os.geteuid() != 0:
         raise SetupError(f"cannot {verb} {folder}: disks belong to root; run this as root")
     if not folder.is_dir():
-        raise SetupError(f"cannot {verb} {folder}: there is no such folder")
+        raise SetupError(f"cannot {verb} {folder}: there is no such folder; check the path")
 
 
 def _check_store(folder: Path, verb: str) -> None:
