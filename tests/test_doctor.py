@@ -351,3 +351,19 @@ def test_it_says_who_sees_the_commands_of_boxes(options: str, hidden: bool, monk
     assert probes.processes_hidden() is hidden
     check = doctor._process_list()
     assert ("hidepid=invisible" in check.consequence) is not hidden
+
+
+def test_a_narrow_terminal_shows_it_in_columns() -> None:
+    command = f"stty cols 60; {sys.executable} -m devboxd.cli doctor; [ $? -lt 3 ]"
+    environment = {**os.environ, "NO_COLOR": "1", "DEVBOXD_CONFIG": "/dev/null"}
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env={name: value for name, value in environment.items() if name != "COLUMNS"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    *findings, _, end = lines
+    assert end.startswith("serve ")
+    for line in findings:
+        assert re.match(r"(ok| !| x|  ) \S|     \S", line), line
+        assert len(line) <= 60 or line.startswith("     cure: "), "only what is to be copied is longer"

@@ -89,6 +89,7 @@ def run(settings: Settings, as_json: bool) -> int:
 
 def _show(found: Iterable[Check]) -> None:
     from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
     from devboxd.cli.printing import console as new_console
@@ -100,9 +101,14 @@ def _show(found: Iterable[Check]) -> None:
     for check in found:
         sign, style = signs[check.level]
         counts[check.level] += 1
-        console.print(Text.assemble((f"{sign:>2} ", style), (check.name, "bold"), ": ", check.found), soft_wrap=whole)
+        head = Text.assemble((check.name, "bold"), ": ", check.found)
         consequence = Text(check.consequence, style="dim")
-        console.print(Text("     ") + consequence if whole else Padding(consequence, (0, 0, 0, 5)), soft_wrap=whole)
+        if whole:
+            console.print(Text(f"{sign:>2} ") + head, Text("     ") + consequence, sep="\n", soft_wrap=True)
+        else:
+            grid = Table.grid()
+            grid.add_row(Text(f"{sign:>2} ", style), head)
+            console.print(grid, Padding(consequence, (0, 0, 0, 5)))
         if check.cure:
             # In one line, however long: it may be a command to be copied.
             console.print(Text.assemble(("     cure: ", "cyan"), check.cure), soft_wrap=True)
