@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,23 +231,45 @@ def test_a_pool_that_is_filled_while_no_server_runs_harms_none(large: Disk) -> N
             snapshot = api.call("POST", f"/v1/devboxes/{boxes[0]}/snapshot_disk")["id"]
             boxes.append(api.create(snapshot_id=snapshot))
             api.output(boxes[1], "head -c 300M /dev/urandom >kept; sync; sha256sum <kept >digest")
-            time.sleep(1.5)  # what was written has been counted
-            flood = "sleep 1; cat /dev/zero >more; sync && echo synced"
+            for one in boxes:
+                api.output(one, "hostname >mine && sync mine")
+            flood = "until [ -e /dev/shm/go ]; do sleep 0.02; done; cat /dev/zero >more; sync -f . && echo synced"
+            flood = f"{flood}; touch /dev/shm/done"
             writing = [(one, api.start(one, flood)) for one in boxes]
             server.kill()
             large.fill()
-            time.sleep(20)
+            for one in boxes:
+                inside = ("nsenter", f"--target={_pid(server, one)}", "--user", "--mount", "--setuid=0", "--setgid=0")
+                subprocess.run([*inside, "touch", "/dev/shm/go"], check=True)
+            deadline = time.monotonic() + 120
+            while not all((_root(server, one) / "dev/shm/done").exists() for one in boxes):
+                assert time.monotonic() < deadline, "the boxes are still writing"
+                time.sleep(0.02)
             server.start()
             for one, execution in writing:
                 said = api.wait(one, execution, 120)
                 assert said["stderr"].count("No space left") == 1, said
                 assert "synced" in said["stdout"], said
+            server.restart()
+            for one in boxes:
+                assert api.output(one, "hostname | cmp - mine && echo same") == "same\n"
+                assert api.output(one, "if echo a >>more; then echo room; fi 2>&1 | grep -ci read-only || :") == "0\n"
             assert api.run(boxes[1], "sha256sum <kept | cmp - digest")["exit_status"] == 0
             large.free()
             for one in boxes:
-                assert api.output(one, "rm more; echo room >file && sync && cat file") == "room\n"
+                assert api.output(one, "rm more; echo room >file && sync file && cat file") == "room\n"
     finally:
         server.stop()
+
+
+def _pid(server: Server, box: str) -> int:
+    """The first process of a living box."""
+    return int(json.loads((server.boxes / box / "box.json").read_text())["pid"])
+
+
+def _root(server: Server, box: str) -> Path:
+    """What a living box sees, whether its server lives or not."""
+    return Path("/proc", str(_pid(server, box)), "root")
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
@@ -260,13 +285,13 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(co
             file = server.state / "pool.btrfs"
             with file.open("r+b") as opened:
                 opened.truncate(file.stat().st_size - (64 << 20))
-            time.sleep(1.0)
-            answer = api.http.get("/healthz")
-            assert (answer.status_code, "cut short" in answer.text) == (503, True), answer.text
+            assert "cut short" in _until_unhealthy(api)
             assert "devboxd_pool_writable 0.0" in api.http.get("/metrics").text
             assert "cut short" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
             assert any("cut short" in str(line["message"]) for line in _log_of(api, box))
             assert "cut short" in _doctor(server)
+            assert "trouble      the pool's file" in _told(server, 1, "storage", "status").splitlines()[0]
+            assert "cut short" in _told(server, 2, "storage", "check")
             getattr(server, end)()
             if command:
                 assert box in server.command("storage", "recover", "--state", str(server.state))
@@ -283,6 +308,98 @@ def test_a_broken_pool_is_told_within_a_second_and_the_next_start_recovers_it(co
             server.start()
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+@pytest.mark.parametrize("command", ["serve", "storage recover"])
+@pytest.mark.parametrize("fail", ["end_writing", "shut_down"])
+def test_a_disk_that_fails_below_everything_costs_no_devbox(large: Disk, fail: str, command: str, end: str) -> None:
+    """It is let go of, so that it can be unmounted, checked and mounted again; then the devboxes are resumed."""
+    server = Server(warm_boxes="1")
+    server.state = large.folder / "state"
+    try:
+        with server.start().api() as api:
+            box = api.create()
+            api.output(box, "echo kept >kept; sync -f .")
+            subprocess.run(["sync", "--file-system", server.state / "disks", large.folder], check=True)
+            getattr(large, fail)()
+            assert "disk" in _until_unhealthy(api)
+            assert "disk" in api.refused("POST", "/v1/devboxes", 503, {"name": "broken"})
+            getattr(server, end)()
+        assert "Traceback" not in server.log.read_text()
+        said = _refused(server, *command.split())
+        assert ("read-only" if fail == "end_writing" else "fails") in said
+        assert box in said
+        assert box not in _refused(server, "serve"), "it was ended before"
+        large.mend()
+        server.start()
+        with server.api() as api:
+            api.wait_box(box, "suspended")
+            assert api.http.get("/healthz").status_code == 200
+            api.call("POST", f"/v1/devboxes/{box}/resume")
+            api.wait_box(box, "running")
+            assert api.output(box, "cat kept") == "kept\n"
+    finally:
+        server.stop()
+
+
+def test_a_devbox_that_ends_because_the_disk_fails_is_suspended(large: Disk) -> None:
+    """Also when an operator ends its first process by hand, with a server or without one."""
+    server = Server()
+    server.state = large.folder / "state"
+    try:
+        with server.start().api() as api:
+            boxes = [api.create(), api.create()]
+            subprocess.run(["sync", "--file-system", server.state / "disks", large.folder], check=True)
+            large.shut_down()
+            _until_unhealthy(api)
+            _end_by_hand(server, boxes[0])
+            server.kill()
+        _end_by_hand(server, boxes[1])
+        _refused(server, "storage", "recover")
+        large.mend()
+        server.start()
+        with server.api() as api:
+            for box in boxes:
+                api.wait_box(box, "suspended")
+    finally:
+        server.stop()
+
+
+def _until_unhealthy(api: Api) -> str:
+    """Within a second, of a machine on which nothing else runs."""
+    deadline = time.monotonic() + 10
+    while (answer := api.http.get("/healthz")).status_code != 503:
+        assert time.monotonic() < deadline, "the failure is not noticed"
+        time.sleep(0.02)
+    return answer.text
+
+
+def _end_by_hand(server: Server, box: str) -> None:
+    first = os.pidfd_open(_pid(server, box))
+    signal.pidfd_send_signal(first, signal.SIGKILL)
+    select.select([first], [], [])
+    os.close(first)
+
+
+def _refused(server: Server, *words: str) -> str:
+    """What a command says that cannot do its work: one sentence, and exit code 2."""
+    command = [server.program, *words, "--state", str(server.state)]
+    command += ["--port", str(server.port)] if words == ("serve",) else []
+    done = subprocess.run(command, capture_output=True, text=True, env=server.environment(), timeout=120, check=False)
+    assert done.returncode == 2, done
+    assert done.stderr.splitlines()[-1].startswith("cannot "), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def _told(server: Server, code: int, *words: str) -> str:
+    """What a command says of the state folder, with this exit code and no traceback."""
+    command = [server.program, *words, "--state", str(server.state)]
+    done = subprocess.run(command, capture_output=True, text=True, env=server.environment(), timeout=120, check=False)
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
 
 
 def _doctor(server: Server) -> str:
@@ -322,8 +439,7 @@ SMALLEST = {
 
 def _left(server: Server, box: str) -> int:
     """Bytes that a living box may still write, as `df` shows them in it, whether the server lives or not."""
-    pid = json.loads((server.boxes / box / "box.json").read_text())["pid"]
-    found = os.statvfs(f"/proc/{pid}/root")
+    found = os.statvfs(_root(server, box))
     return found.f_bavail * found.f_frsize
 
 

@@ -135,9 +135,7 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
         parts_of = (store, boxes, journals, records, looking)
         executions = Executions(*parts_of, per_box=settings.executions_per_box, in_all=most)
         stack.push_async_callback(executions.close)
-        engine = OciEngine(
-            settings, instance, Network(settings, instance), partial(boot.mark_storage_failed, settings.state)
-        )
+        engine = OciEngine(settings, instance, Network(settings, instance), partial(boot.note_storage, settings.state))
         files = Files(engine.entrances)
         images = Images(settings)
         incidents = Incidents(engine, journals.folder)

@@ -23,7 +23,7 @@ from devboxd.devboxes.views import SIZES
 from devboxd.engine import cgroups, linux, lxcfs, network, recipe, volumes, wall
 from devboxd.engine.bundle import Seccomp
 from devboxd.engine.images import Images
-from devboxd.engine.pool import Pool
+from devboxd.engine.pool import Pool, unwritable
 from devboxd.engine.processes import which
 from devboxd.errors import SetupError
 from devboxd.http import guard
@@ -284,10 +284,9 @@ def _state(settings: Settings) -> Check:
 
 def _space(settings: Settings) -> Check:
     place = probes.existing(settings.state)
-    if os.statvfs(place).f_flag & os.ST_RDONLY:
-        found = f"the disk of {settings.state} is read-only"
-        cure = "see dmesg for the reason, stop what uses the disk, check and mount it again"
-        return Check("Disk space", "error", found, "nothing can be stored", cure)
+    if why := unwritable(place):
+        cure = "devboxd storage recover ends what uses it; see dmesg for the reason, check the disk and mount it again"
+        return Check("Disk space", "error", why, "nothing can be stored", cure)
     free = shutil.disk_usage(place).free
     if free < _LEAST_FREE:
         return Check(

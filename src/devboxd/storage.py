@@ -9,29 +9,33 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from devboxd import boot, probes
 from devboxd.config import Settings
 from devboxd.engine.base import EngineError
 from devboxd.engine.disks import Disks
-from devboxd.engine.instance import claim
+from devboxd.engine.instance import Instance, claim, left_by
 from devboxd.engine.network import Network
 from devboxd.engine.oci import OciEngine
-from devboxd.engine.pool import Kind, Pool
+from devboxd.engine.pool import Kind, Pool, unwritable
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
 from devboxd.store.db import FILE_NAME
 
+T = TypeVar("T")
 _UNITS = {"M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _WORDS: dict[Kind, str] = {
     "btrfs": "the state folder's own btrfs",
     "file": "btrfs in a file",
     "folders": "plain folders, without limits",
 }
+_RECOVER = "restart the server, or stop it and run devboxd storage recover"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Status:
     devboxes: int | None
     warm_boxes: int | None
     snapshots: int | None
+    trouble: str | None
+    """Why nothing can be written to it."""
 
 
 def status(state: Path) -> Status:
@@ -62,8 +68,9 @@ def status(state: Path) -> Status:
     pool.look()
     is_file, shown = pool.kind == "file", pool.mounted
     usage = shutil.disk_usage(pool.folder) if shown or not is_file else None
-    disks = Disks(pool) if usage else None
-    boxes, known = disks.boxes() if disks else set(), _devboxes(state)
+    trouble = _trouble(pool, state)
+    disks = Disks(pool) if usage and not trouble else None
+    boxes, known = (disks.boxes(), _devboxes(state)) if disks else (set(), set())
     return Status(
         pool.kind,
         str(pool.folder),
@@ -74,13 +81,22 @@ def status(state: Path) -> Status:
         pool.file.stat().st_size - pool.holes if is_file else None,
         usage.total - usage.free if usage else None,
         max(0, pool.below()) if is_file else None,
-        pool.most() if is_file else None,
+        max(pool.file.stat().st_size, pool.most()) if is_file else None,
         reserve(host.total),
         host.free,
         len(boxes & known) if disks else None,
         len(boxes - known) if disks else None,
         len(disks.snapshots()) if disks else None,
+        trouble,
     )
+
+
+def _trouble(pool: Pool, state: Path) -> str | None:
+    """Of a pool that a server, or boxes that outlive one, have open; else of the disk below alone."""
+    if not pool.mounted:
+        return unwritable(state)
+    pool.look()
+    return pool.trouble()
 
 
 def _devboxes(state: Path) -> set[str]:
@@ -95,13 +111,16 @@ def _devboxes(state: Path) -> set[str]:
 def lines(found: Status, size: str = "{:.1f} GiB") -> list[tuple[str, str]]:
     """The same for a person."""
 
+    unknown = "not known" if found.trouble else "not known while no server runs"
+
     def shown(number: int | None) -> str:
-        return "not known while no server runs" if number is None else size.format(number / (1 << 30))
+        return unknown if number is None else size.format(number / (1 << 30))
 
     def counted(number: int | None) -> str:
-        return "not known while no server runs" if number is None else str(number)
+        return unknown if number is None else str(number)
 
-    rows = [("storage", _WORDS[found.kind]), ("folder", found.folder)]
+    rows = [("trouble", f"{found.trouble}; {_RECOVER}")] if found.trouble else []
+    rows += [("storage", _WORDS[found.kind]), ("folder", found.folder)]
     rows += [("size", shown(found.size)), ("used", shown(found.used)), ("free", shown(found.free))]
     if found.file is not None:
         rows += [("file", f"{found.file}, {shown(found.allocated)} allocated on its disk")]
@@ -135,6 +154,8 @@ def check(state: Path) -> int:
     program = which("btrfs")
     if program is None:
         raise SetupError("cannot check the storage: the program btrfs is missing; install btrfs-progs")
+    if why := _trouble(pool, state):
+        raise SetupError(f"cannot check the storage: {why}; {_RECOVER}")
     if pool.mounted:
         command = [program, "scrub", "start", "-B", "-r", str(pool.folder)]
     elif pool.in_use:
@@ -151,23 +172,45 @@ def recover(settings: Settings) -> set[str] | None:
     SetupError.
     """
     _found(settings.state)
-    instance = claim(settings.state)
+    refuse_unwritable(settings, "recover the storage")
+    return _by_engine(settings, claim(settings.state), OciEngine.recover)
+
+
+def refuse_unwritable(settings: Settings, what: str) -> None:
+    """Where the disk of a state folder cannot be written, let go of it: end its boxes, which can be resumed later.
+
+    Raises SetupError then, with what is to be done; `what` could not be.
+    """
+    state = settings.state
+    if os.geteuid() != 0 or not (state / "disks").is_dir() or (why := unwritable(state)) is None:
+        return
+    instance = left_by(state)
+    ended = set() if instance is None else _by_engine(settings, instance, OciEngine.let_go)
+    boxes = (
+        f"; these were ended, and devboxes among them can be resumed then: {', '.join(sorted(ended))}" if ended else ""
+    )
+    raise SetupError(
+        f"cannot {what}: {why}; nothing of devboxd holds on to it: see dmesg for the reason, unmount it, check it, "
+        f"mount it again, then start the server{boxes}"
+    )
+
+
+def _by_engine(settings: Settings, instance: Instance, work: Callable[[OciEngine], Awaitable[T]]) -> T:
+    note = partial(boot.note_storage, settings.state)
+
+    async def run() -> T:
+        engine = OciEngine(settings, instance, Network(settings, instance), note)
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
     try:
-        engine = OciEngine(
-            settings, instance, Network(settings, instance), partial(boot.mark_storage_failed, settings.state)
-        )
-        return asyncio.run(_recover(engine))
+        return asyncio.run(run())
     except EngineError as error:
         raise SetupError(str(error)) from error
     finally:
         instance.close()
-
-
-async def _recover(engine: OciEngine) -> set[str] | None:
-    try:
-        return await engine.recover()
-    finally:
-        await engine.close()
 
 
 def _found(state: Path) -> Pool:

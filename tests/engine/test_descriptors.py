@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from devboxd.engine import oci
+from devboxd.engine import processes
 
 OPEN = 1100
 
@@ -30,4 +30,4 @@ def many_descriptors() -> Iterator[None]:
 def test_the_runtime_is_awaited_however_many_descriptors_are_open() -> None:
     left, right = socket.socketpair()
     with left, right:
-        assert oci._run(["/bin/sh", "-c", "exit 3"], left, {}) == 3
+        assert processes.run_for(10, ["/bin/sh", "-c", "exit 3"], left, {}) == 3

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_SHUT_DOWN, _LOG_FLUSHED = 0x8004587D, 1
 
 
 class Disk:
@@ -35,6 +39,33 @@ class Disk:
     def free(self) -> None:
         """Give the room back."""
         self._filler.unlink()
+
+    def end_writing(self) -> None:
+        """Let the kernel find an error, upon which it ends all writing, but not reading."""
+        subprocess.run(["mount", "-o", "remount,errors=remount-ro", self.folder], check=True)
+        device = Path(self._source()).name
+        Path("/sys/fs/ext4", device, "trigger_fs_error").write_text("a test")
+
+    def shut_down(self) -> None:
+        """Let every read and write of files fail from now on, as when the device is gone."""
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(folder, _SHUT_DOWN, struct.pack("=I", _LOG_FLUSHED))
+        finally:
+            os.close(folder)
+
+    def mend(self) -> None:
+        """Unmount, check and mount it again, as an operator does. What uses it makes that fail."""
+        source = self._source()
+        with open(source, "rb"):  # the device stays
+            subprocess.run(["umount", self.folder], check=True)
+            checked = subprocess.run(["e2fsck", "-fy", source], capture_output=True, check=False)
+            assert checked.returncode < 4, checked
+            subprocess.run(["mount", source, self.folder], check=True)
+
+    def _source(self) -> str:
+        command = ("findmnt", "--noheadings", "--output", "SOURCE", "--mountpoint", self.folder)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextlib.contextmanager

@@ -69,10 +69,11 @@ def serve(
 
 def _check_machine(settings: Settings) -> None:
     """End with 2 and every reason for which the server cannot start here."""
-    from devboxd import doctor
+    from devboxd import doctor, storage
     from devboxd.backup import check_not_cut
     from devboxd.engine.reserve import Reserve
 
+    storage.refuse_unwritable(settings, "serve")
     check_not_cut(settings.state)
     if settings.state.is_dir():
         Reserve(settings.state).give_up_if_full()

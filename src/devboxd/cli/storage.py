@@ -24,7 +24,10 @@ def storage() -> None:
 @config_option
 @state_option
 def storage_status(as_json: bool, config: Path | None, state: Path | None) -> None:
-    """Show its kind, size and content."""
+    """Show its kind, size and content.
+
+    The exit code is 1 when nothing can be written to it; the reason comes first.
+    """
     from dataclasses import asdict
 
     from devboxd import storage as module
@@ -32,9 +35,9 @@ def storage_status(as_json: bool, config: Path | None, state: Path | None) -> No
     found = module.status(load_settings(config, state=state).state)
     if as_json:
         click.echo(json.dumps(asdict(found)))
-        return
-    for name, text in module.lines(found):
+    for name, text in () if as_json else module.lines(found):
         click.echo(f"{name:<12} {text}")
+    sys.exit(1 if found.trouble else 0)
 
 
 @storage.command("grow")
@@ -59,7 +62,7 @@ def storage_check(config: Path | None, state: Path | None) -> None:
 
     That takes a while. While a server runs every block of the pool's own is read and compared with its checksum; else
     the structure is checked. What disks hold has no checksums: see `devboxd snapshot verify`. Nothing is repaired. The
-    exit code is 1 when there is damage.
+    exit code is 1 when there is damage. Storage that cannot be written is not looked at: see `devboxd storage status`.
     """
     from devboxd import storage as module
 
@@ -74,6 +77,9 @@ def storage_recover(config: Path | None, state: Path | None) -> None:
 
     For when no server runs; `serve` does the same when it starts. Devboxes that run are ended, for they hold on to what
     is broken; their disks stay, and they are suspended when a server runs again. Nothing happens to storage that works.
+
+    Where the disk below cannot be written at all, that is what is told, with exit code 2: nothing of devboxd holds on
+    to it then, so it can be unmounted, checked and mounted again.
     """
     from devboxd import logs
     from devboxd import storage as module

@@ -257,6 +257,10 @@ class Supervisor:
                 if end.done():
                     if self._means.closing.begun:  # perhaps the whole machine ends: the next server knows
                         await asyncio.Event().wait()
+                    if self._engine.trouble and life.devbox.status is not Status.PROVISIONING:
+                        text = "the storage of the host failed; its processes have ended, its disk is kept: resume it"
+                        await self._changes.happen(life, Event.HOST_RESTARTED, BoxFailure("execution_failed", text))
+                        return
                     raise self._ended(life.devbox.id, end.result())
                 run.result()
             finally:

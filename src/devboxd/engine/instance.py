@@ -103,6 +103,26 @@ def claim(state: Path, run: Path = RUN, etc: Path = ETC) -> Instance:
         )
 
 
+def left_by(state: Path, run: Path = RUN) -> Instance | None:
+    """The share of this machine that an ended server has left, without writing to its state folder; None without one.
+
+    Raises InUse when the server lives.
+    """
+    for number, name in enumerate(_NAMES):
+        held = _read_claim(run / name)
+        if held.get("identity") == _identity(state):
+            with contextlib.ExitStack() as locks:
+                try:
+                    _lock(run / name / "lock", locks)
+                except BlockingIOError as error:
+                    raise InUse(
+                        f"cannot use the state folder {state}: a server uses it; stop that one first"
+                    ) from error
+                subnet = ipaddress.IPv4Network(held["subnet"])
+                return Instance(name, run / name, state.resolve(), subnet, _first_uid(number), _locks=locks.pop_all())
+    return None
+
+
 def _make_private(folder: Path, mode: int = 0o700) -> None:
     """A folder of root; 0711 lets a box's root, an ordinary user to the host, walk through while it is started."""
     try:

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -41,7 +40,7 @@ from devboxd.engine.namespaces import Slot, Slots
 from devboxd.engine.network import Network
 from devboxd.engine.places import Places
 from devboxd.engine.pool import Pool, PoolBroken
-from devboxd.engine.processes import which
+from devboxd.engine.processes import run_for, which
 from devboxd.engine.reserve import Reserve
 from devboxd.engine.spares import Spares
 from devboxd.engine.turns import Turns
@@ -95,9 +94,9 @@ class OciEngine:
         settings: Settings,
         instance: Instance,
         network: Network,
-        before_recovery: Callable[[], None] = lambda: None,
+        note_failure: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """`before_recovery` notes that all boxes are about to be ended for the storage's sake.
+        """`note_failure` notes whether the storage fails, which may end boxes, or have them ended.
 
         Raises SetupError when the runtime, libseccomp or the controllers of cgroups are missing."""
         runtime = which(settings.runtime)
@@ -117,8 +116,8 @@ class OciEngine:
         self._pool = Pool(instance.state)
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
-        self._before_recovery = before_recovery
-        self._upkeep = Upkeep(self._pool, self._disks, self._reserve)
+        self._note_failure = note_failure
+        self._upkeep = Upkeep(self._pool, self._disks, self._reserve, note_failure)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
         self._lxcfs = Lxcfs(instance.directory, self._cgroups)
@@ -187,15 +186,24 @@ class OciEngine:
             return None
         except PoolBroken as error:
             _log.error("the storage is broken: its boxes are ended, and it is opened anew", reason=str(error))
-        self._before_recovery()
-        for box_id in self._traces():
-            if (record := self._record(box_id)) and record.lives():
-                await self._kill(record, box_id)
-        await finished(self._pool.release)
+        await self.let_go()
+        await finished(self._pool.mend)
         await finished(self._disks.open)
         kept = self._disks.boxes()
         _log.warning("the storage was recovered", suspended=sorted(kept))
         return kept
+
+    async def let_go(self) -> set[str]:
+        """End all boxes for the storage's sake, and whatever else of the server's holds on to it; those boxes.
+
+        Nothing is written to the state folder. Raises SetupError when the kernel does not let go, and EngineError.
+        """
+        self._note_failure(True)
+        living = {box_id: record for box_id in self._traces() if (record := self._record(box_id)) and record.lives()}
+        for box_id, record in living.items():
+            await self._kill(record, box_id)
+        await finished(self._pool.let_go)
+        return set(living)
 
     def _disks_below(self) -> set[str]:
         """The disks that boxes read and write. Raises SetupError when there is none to be found."""
@@ -517,7 +525,7 @@ class OciEngine:
             command += ["--pid-file", str(folder / "pid"), box_id]
             environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
             for pause in _NO_ROOM_PAUSES_S:
-                status = _run(["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
+                status = run_for(_START_S, ["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
                 if not status or _NO_ROOM not in _last_words(folder):
                     break
                 time.sleep(pause)  # programs of other boxes that have filters end all the time
@@ -556,26 +564,6 @@ class OciEngine:
     def _remove_folders(self, box_id: str) -> None:
         shutil.rmtree(self._states / box_id, ignore_errors=True)
         shutil.rmtree(self._boxes / box_id, ignore_errors=True)
-
-
-def _run(command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int | None:
-    """Run a program without outputs; its status, or None when it was killed for taking too long.
-
-    By its pidfd: a wait with a timeout would poll. What it began is in the cgroup of its box, and ends with that.
-    """
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=null, stderr=null, env=environment)
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        ended = select.poll()  # select() knows no descriptors past 1023
-        ended.register(pidfd, select.POLLIN)
-        in_time = bool(ended.poll(1000 * _START_S))
-        if not in_time:
-            process.kill()
-    finally:
-        os.close(pidfd)
-    status = process.wait()
-    return status if in_time else None
 
 
 def _last_words(folder: Path) -> str:

@@ -45,6 +45,23 @@ _TOTAL = 112
 _RELEASES, _RELEASE_S = 300, 0.1
 
 
+def unwritable(state: Path) -> str | None:
+    """Why nothing can be stored on the disk of a state folder, whatever room it has; None when all is well.
+
+    A disk on which the kernel has ended writing need not say that it is read-only: a file is opened for writing.
+    """
+    read_only = f"the disk of {state} is read-only"
+    try:
+        if os.statvfs(state).f_flag & os.ST_RDONLY:
+            return read_only
+        os.close(os.open(state / "lock", os.O_RDWR | os.O_CLOEXEC))
+    except (FileNotFoundError, PermissionError):
+        return None
+    except OSError as error:
+        return read_only if error.errno == errno.EROFS else f"the disk of {state} fails: {error.strerror}"
+    return None
+
+
 class PoolBroken(SetupError):
     """The kernel has ended all writing to a pool that is still in use."""
 
@@ -181,8 +198,8 @@ class Pool:
     def trouble(self) -> str | None:
         """Why nothing can be written to the pool, whatever room there is; None when all is well."""
         try:
-            if os.statvfs(self._state).f_flag & os.ST_RDONLY:
-                return f"the disk of {self._state} is read-only"
+            if why := unwritable(self._state):
+                return why
             found = os.statvfs(self.folder)
             if found.f_flag & os.ST_RDONLY:
                 return "the kernel has ended all writing to the pool of disks; its log (dmesg) says why"
@@ -226,8 +243,8 @@ class Pool:
         except OSError as error:
             raise SetupError(f"cannot grow the storage {self.file}: {error}") from error
 
-    def release(self) -> None:
-        """Take away what shows a broken pool, once all boxes have ended, and check it. Raises SetupError."""
+    def let_go(self) -> None:
+        """Take away what shows a broken pool, once all boxes have ended. Raises SetupError."""
         while self.mounted:
             self.close()
         for _ in range(_RELEASES):
@@ -236,6 +253,9 @@ class Pool:
             time.sleep(_RELEASE_S)  # nothing tells when the kernel has let go of a file system
         else:
             raise SetupError(f"cannot recover the pool of disks {self.file}: something still uses it; restart the host")
+
+    def mend(self) -> None:
+        """Give the file of a broken pool back its length, and check it. Raises OSError."""
         self._mend_length()
         if (program := which("btrfs")) is not None:
             command = (program, "check", "--readonly", self.file)
@@ -268,7 +288,7 @@ class Pool:
     @property
     def in_use(self) -> bool:
         """Whether anybody has the file attached, such as boxes that outlive their server."""
-        return loops.shown(self.file)
+        return self.file.exists() and loops.shown(self.file)
 
     @contextlib.contextmanager
     def _sizing(self) -> Iterator[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
+import socket
+import subprocess
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 
@@ -76,3 +79,23 @@ async def _end_of(process: Process) -> bytes:
     while process.stderr is not None and (more := await process.stderr.read(_SAID)):
         end = (end + more)[-_SAID:]
     return end
+
+
+def run_for(seconds: float, command: list[str], stdin: socket.socket, environment: dict[str, str]) -> int | None:
+    """Run a program without outputs; its status, or None when it was killed for taking too long.
+
+    By its pidfd: a wait with a timeout would poll. What it began is in the cgroup of its box, and ends with that.
+    """
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=null, stderr=null, env=environment)
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        ended = select.poll()  # select() knows no descriptors past 1023
+        ended.register(pidfd, select.POLLIN)
+        in_time = bool(ended.poll(1000 * seconds))
+        if not in_time:
+            process.kill()
+    finally:
+        os.close(pidfd)
+    status = process.wait()
+    return status if in_time else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+from collections.abc import Callable
 from functools import partial
 
 import structlog
@@ -29,10 +30,11 @@ class Upkeep:
     `leaving`: programs that write back disks of boxes that have ended.
     """
 
-    def __init__(self, pool: Pool, disks: Disks, reserve: Reserve) -> None:
+    def __init__(self, pool: Pool, disks: Disks, reserve: Reserve, note_failure: Callable[[bool], None]) -> None:
         self._pool = pool
         self._disks = disks
         self._reserve = reserve
+        self._note_failure = note_failure
         self.trouble: str | None = None
         self.leaving: list[subprocess.Popen[bytes]] = []
 
@@ -59,6 +61,7 @@ class Upkeep:
         trouble, full = await finished(self._pool.trouble), self.full
         if trouble != self.trouble:
             self.trouble = trouble
+            self._note_failure(trouble is not None)
             if trouble:
                 _log.error("the storage cannot be written; restart the server to recover it", reason=trouble)
             else:

@@ -45,6 +45,7 @@ _HOST_FAULTS = {
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_NOTADB,
@@ -120,13 +121,17 @@ class Store:
         """
         if self._closed:
             raise StoreError("cannot read the store: it is closed")
-        cursor = self._snapshot()
+        raw = cast(sqlite3.Connection, self._reader.connection.driver_connection)
         try:
-            return fn(self._reader)
+            cursor = raw.execute("BEGIN")
+            try:
+                return fn(self._reader)
+            finally:
+                cursor.execute("COMMIT")
         except (DBAPIError, sqlite3.Error) as error:
+            with contextlib.suppress(sqlite3.Error):  # what a failing disk left open
+                raw.rollback()
             raise _translate(error, "read", self.path) from error
-        finally:
-            cursor.execute("COMMIT")
 
     async def write(self, fn: Callable[[Connection], T], *, synced: bool = True) -> T:
         """Call `fn` in the writer thread and return its result after the commit that holds it.
@@ -155,10 +160,6 @@ class Store:
         self._reader.close()
         self._writer.close()
         self._engine.dispose()
-
-    def _snapshot(self) -> sqlite3.Cursor:
-        raw = cast(sqlite3.Connection, self._reader.connection.driver_connection)
-        return raw.execute("BEGIN")
 
     def _work(self) -> None:
         running = True
