@@ -44,6 +44,7 @@ from devboxd.executions.records import Records
 from devboxd.executions.running import Executions
 from devboxd.executions.tailing import Tailing
 from devboxd.executions.watch import Watcher
+from devboxd.http.guard import bracketed
 from devboxd.http.listening import HttpServer
 from devboxd.http.once import STOPPING_S
 from devboxd.http.operation import Application, Unready, build
@@ -237,7 +238,7 @@ async def _start(
     boot.remember(settings.state)
     ready.state = None
     systemd.notify("READY=1")
-    _log.info("ready", url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
+    _log.info("ready", url=f"http://{bracketed(settings.host)}:{settings.port}", state=str(settings.state))
 
 
 async def _part(devboxes: Devboxes) -> None:

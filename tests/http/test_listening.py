@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from devboxd.errors import SetupError
@@ -115,6 +117,31 @@ def test_ipv6_is_listened_on_and_answers() -> None:
     port = free_port()
     with listen("::1", port) as listener, socket.create_connection(("::1", port)):
         assert listener.family == socket.AF_INET6
+        with pytest.raises(SetupError, match=rf"^cannot listen on \[::1\]:{port}: the port is in use by "):
+            listen("::1", port)
+
+
+@needs_root
+def test_the_address_that_is_told_can_be_opened(tmp_path: Path) -> None:
+    """With the brackets of a URL, where it is one of IPv6."""
+    port = free_port()
+    told = ""
+    with subprocess.Popen(
+        [PROGRAM, "serve", "--state", tmp_path / "state", "--host", "::1", "--port", str(port)],
+        env={**os.environ, "DEVBOXD_CONFIG": "/dev/null", "DEVBOXD_LOG_FORMAT": "json", "DEVBOXD_WARM_BOXES": "0"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        assert server.stderr is not None
+        for line in server.stderr:
+            if '"event":"ready"' in line:
+                told = json.loads(line)["url"]
+                break
+        try:
+            assert told == f"http://[::1]:{port}"
+            assert httpx.get(f"{told}/healthz").json() == {"status": "ready"}
+        finally:
+            server.terminate()
+            server.stderr.read()
 
 
 @needs_root

@@ -95,7 +95,7 @@ class Guard:
     def __init__(self, inner: ASGIApp, settings: Settings, requests: Requests) -> None:
         self._inner = inner
         self._requests = requests
-        self._hosts = {b"localhost", b"127.0.0.1", b"[::1]", _bracketed(settings.host).lower().encode()}
+        self._hosts = {b"localhost", b"127.0.0.1", b"[::1]", bracketed(settings.host).lower().encode()}
         self._hosts |= set(host_names(settings.domains))
         self._origins = set(origins(settings.cors_origins))
 
@@ -182,7 +182,8 @@ def _without_body(send: Send) -> Send:
     return head_alone
 
 
-def _bracketed(host: str) -> str:
+def bracketed(host: str) -> str:
+    """A host as it stands in a URL and in a Host header."""
     return f"[{host}]" if ":" in host else host
 
 

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from devboxd.errors import SetupError
 from devboxd.http.crowd import Crowd
+from devboxd.http.guard import bracketed
 from devboxd.tasks import Tasks
 
 _BACKLOG = 2048
@@ -48,7 +49,7 @@ _LISTEN = "0A"
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket that nobody shares; connections wait in it. Raises SetupError that says what is wrong."""
-    where = f"cannot listen on {f'[{host}]' if ':' in host else host}:{port}"
+    where = f"cannot listen on {bracketed(host)}:{port}"
     if not 1 <= port <= _PORT_MAX:
         raise SetupError(f"{where}: a port is a number from 1 to {_PORT_MAX}; choose another --port")
     named = ":" not in host and any(map(str.isalpha, host))  # nobody needs to be asked about numbers
