@@ -46,6 +46,8 @@ mkdir -p /dev/pts /dev/shm; mount -t devpts devpts /dev/pts || true
 systemctl enable systemd-networkd ssh
 systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer
 make -C /root/devboxd setup
+cd /root/devboxd  # a first program is compiled with its whole library, which takes minutes in the machine
+.venv/bin/python -m ziglang cc -target "$(uname -m)-linux-musl" -static -O1 -o /tmp/probe tests/engine/probe.c
 """
 
 

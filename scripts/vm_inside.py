@@ -203,7 +203,9 @@ def asleep() -> None:
     command = ["journalctl", "-b", "-1", "-u", "devboxd", "-o", "short-unix", "--no-pager"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     begun = max(float(line.split()[0]) for line in told if "Stopping" in line)
-    print(next(float(line.split()[0]) for line in reversed(told) if "devboxes sleep" in line) - begun)
+    slept = [float(line.split()[0]) for line in told if "devboxes sleep" in line] or [0.0]
+    assert slept[-1] > begun, "\n".join(["no devbox was put to sleep:", *told[-20:]])
+    print(slept[-1] - begun)
 
 
 def slept(reason: str) -> None:

@@ -18,7 +18,7 @@ import vm_image
 from vm import BOOT_S, Machine, MachineError, accelerator
 
 WHOLE_S = 1800.0
-LOAD_S = 60.0
+LOAD_S = 120.0
 _TRANSLATED = 5
 """So many times slower is a machine whose processor qemu translates, at least."""
 _HERE = f"cd {vm_image.CHECKOUT} && "
@@ -39,16 +39,20 @@ TESTS = (
     "engine/test_oci.py::test_memory_limit_kills_a_command_and_not_the_agent",
     "engine/test_oci.py::test_process_limit_holds",
     "engine/test_oci.py::test_destroy_leaves_nothing",
-    "engine/test_cgroups.py",
+    "engine/test_cgroups.py::test_a_kernel_takes_the_limits_of_version_2",
+    "engine/test_oci.py::test_boxes_live_in_version_2",
+    "engine/test_machine.py::test_the_box_finds_its_limits_where_runtimes_of_languages_look",
+    "engine/test_machine.py::test_of_cgroups_the_box_sees_its_own_alone_and_changes_none",
+    "engine/test_lxcfs.py::test_a_box_sees_its_own_figures",
+    "devboxes/test_usage.py::test_live_figures_tell_what_commands_do",
+    "devboxes/test_lifecycle.py::test_too_little_memory_ends_a_command_and_not_its_box",
+    "devboxes/test_disks.py::test_a_full_disk_ends_writing_and_nothing_else",
+    "test_escape.py",
+    "devboxes/test_suspend.py::test_the_disk_stays_and_processes_end",
+    "devboxes/test_disks.py::test_no_box_is_faster_with_its_disk_than_the_setting_says",
+    "devboxes/test_suspend.py::test_frozen_processes_go_on_where_they_were",
     "engine/test_turns.py::test_a_box_that_burns_waits_for_the_others_until_it_stops",
     "engine/test_walls.py",
-    "devboxes/test_lifecycle.py::test_too_little_memory_ends_a_command_and_not_its_box",
-    "devboxes/test_lifecycle.py::test_too_little_memory_fails_a_launch_with_its_reason",
-    "devboxes/test_usage.py::test_live_figures_tell_what_commands_do",
-    "devboxes/test_suspend.py::test_the_disk_stays_and_processes_end",
-    "devboxes/test_suspend.py::test_frozen_processes_go_on_where_they_were",
-    "devboxes/test_disks.py",
-    "test_escape.py",
 )
 
 
@@ -156,8 +160,8 @@ class Trials:
     def reboot(self) -> str:
         """systemd takes the machine down while a devbox works."""
         down = self.machine.reboot()
-        asleep = float(self.machine.check(f"{_INSIDE} asleep").strip())
         self._ready()
+        asleep = float(self.machine.check(f"{_INSIDE} asleep").strip())
         self.machine.check(f"{_INSIDE} slept 'the host shuts down'", self.left(200))
         most = 10 if accelerator() == "kvm" else 10 * _TRANSLATED
         assert asleep < most, f"the devboxes slept after {asleep:.1f} s"

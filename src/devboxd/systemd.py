@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_ASK_S = 3.0
+_ASK_S = 8.0
 _UNIT = """\
 [Unit]
 Description=devboxd, a server of devboxes
