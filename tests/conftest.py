@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 
 from support.api import Api
 from support.server import Server
@@ -17,7 +19,8 @@ _MAKES_BOXES = {"server", "own_server", "box", "api"}
 
 
 def pytest_configure() -> None:
-    """A new seed each run, unless one is to be repeated."""
+    """A new seed each run, unless one is to be repeated; the event loop of the server, which lacks what others have."""
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     os.environ.setdefault(_SEED, str(secrets.randbits(32)))
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from devboxd.engine import dns
 from devboxd.engine.netns import inside
+from support.server import Server
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces, which needs root")
 _numbers = itertools.count()
@@ -257,3 +259,31 @@ def test_local_addresses_are_recognised() -> None:
     assert dns.is_local("127.0.0.53")
     assert not dns.is_local("192.0.2.250")
     assert not dns.is_local("2001:db8::1")
+
+
+@pytest.mark.box
+def test_a_devbox_finds_names_through_it() -> None:
+    """Where the host's resolver is local, so that no devbox reaches it."""
+    local = "127.0.0.77"
+    server = Server(dns_servers=local)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as resolver, contextlib.ExitStack() as stack:
+        resolver.bind((local, dns.PORT))
+        stack.callback(server.stop)
+        api = stack.enter_context(server.start().api())
+        answering = threading.Thread(target=answer_each, args=(resolver,))
+        answering.start()
+        stack.callback(answering.join)
+        stack.callback(resolver.sendto, b"", (local, dns.PORT))
+        box = api.create()
+        assert api.output(box, "grep nameserver /etc/resolv.conf") == f"nameserver {dns.LISTEN}\n"
+        assert api.output(box, "getent ahostsv4 some.test other.test | cut -d' ' -f1 | uniq") == "192.0.2.7\n"
+
+
+def answer_each(resolver: socket.socket) -> None:
+    """192.0.2.7 to each question for an address of IPv4, nothing to others, until an empty datagram comes."""
+    record = b"\xc0\x0c\0\1\0\1\0\0\0\5\0\4" + socket.inet_aton("192.0.2.7")
+    while (came := resolver.recvfrom(4096))[0]:
+        asked, sender = came
+        question = asked[12 : asked.index(0, 12) + 5]
+        found = question[-4:] == b"\0\1\0\1"
+        resolver.sendto(asked[:2] + struct.pack("!5H", 0x8180, 1, found, 0, 0) + question + record * found, sender)

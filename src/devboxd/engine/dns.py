@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from devboxd.engine.netns import inside
+
+_log = structlog.get_logger()
 
 LISTEN = "127.0.0.53"
 PORT = 53
@@ -123,18 +127,22 @@ class Forwarder:
 
     async def _receive(self, datagrams: socket.socket) -> None:
         """Take the datagrams of the box, as fast as it may send them: the kernel drops what comes faster."""
-        loop = asyncio.get_running_loop()
         while True:
             await self._pace.take()
             with contextlib.suppress(OSError):
-                query, sender = await loop.sock_recvfrom(datagrams, _MAX_DATAGRAM + 1)
+                query, sender = await _datagram(datagrams)
                 if _HEADER <= len(query) <= _MAX_DATAGRAM and self._queries < MAX_QUERIES:
                     self._start(self._answer_datagram(datagrams, query, sender))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            _log.error("the names of a devbox are answered no more", exc_info=error)
 
     def _sockets(self) -> tuple[socket.socket, socket.socket]:
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -250,6 +258,20 @@ async def _ask_by_stream(server: str, port: int, query: bytes) -> bytes:
         return await _read_message(reader)
     finally:
         writer.transport.abort()
+
+
+async def _datagram(one: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    """The next datagram and its sender: what `loop.sock_recvfrom` does, which uvloop lacks. Raises OSError."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return one.recvfrom(_MAX_DATAGRAM + 1)
+        arrived.clear()
+        loop.add_reader(one, arrived.set)
+        try:
+            await arrived.wait()
+        finally:
+            loop.remove_reader(one)
 
 
 async def _read_message(reader: asyncio.StreamReader) -> bytes:
