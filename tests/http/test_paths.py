@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import httpx
 import pytest
@@ -10,11 +12,12 @@ import pytest
 from devboxd.http.binding import Absent
 from devboxd.http.operation import build
 from devboxd.http.paths import Paths
+from devboxd.http.streams import Places, events
 from devboxd.routes import ROUTES
 from devboxd.unimplemented import UNIMPLEMENTED
 from support.serving import Http2, named, served
 from support.web import ROUTES as SMALL
-from support.web import Web
+from support.web import View, Web
 
 pytestmark = pytest.mark.anyio
 
@@ -146,3 +149,27 @@ def test_what_is_like_nothing_gets_no_guess(paths: Paths, asked: str) -> None:
     with pytest.raises(Exception, match=r"there is no such path; /docs lists them all$") as refusal:
         paths.find("GET", asked)
     assert len(str(refusal.value)) < 250
+
+
+async def test_head_of_a_stream_begins_nothing_and_holds_no_place() -> None:
+    begun: list[str] = []
+
+    async def source() -> AsyncGenerator[tuple[View, ...], None]:
+        begun.append("begun")
+        yield (View("a", "b", 1, 1),)
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    places = Places(1)
+    for method, types in (("HEAD", 1), ("GET", 3)):
+        sent.clear()
+        await events(source(), places)({"type": "http", "method": method}, receive, send)
+        assert len(sent) == types, sent
+        assert places.taken == 0
+    assert begun == ["begun"], "by GET alone"
