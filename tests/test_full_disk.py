@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import time
@@ -470,3 +471,65 @@ def test_without_a_server_no_more_is_promised_than_the_pool_has() -> None:
         while (left := sum(_left(server, box) for box in boxes)) > room.f_bavail * room.f_frsize:
             assert time.monotonic() < deadline, f"{left} bytes are promised"
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+@pytest.mark.parametrize("fail", ["fill", "end_writing", "shut_down"])
+def test_every_command_says_in_a_sentence_that_the_disk_is_full_or_fails(large: Disk, fail: str, end: str) -> None:
+    """Beside a server that runs, without one, and when one is to be started."""
+    server = Server()
+    server.state = large.folder / "state"
+    try:
+        with server.start().api() as api:
+            box = api.create()
+            api.output(box, "echo kept >kept; sync -f .")
+            subprocess.run(["sync", "--file-system", server.state / "disks", large.folder], check=True)
+            getattr(large, fail)()
+            if fail == "fill":
+                _fill(server, large)
+            else:
+                _until_unhealthy(api)
+            _try_all(server)
+            for path in ("", "/v1/devboxes", f"/v1/devboxes/{box}", "/metrics", "/healthz"):
+                assert api.http.get(path).status_code < 600
+            api.http.post("/v1/devboxes", json={"name": "no room"})
+            getattr(server, end)()
+            said = server.log.read_text()
+            assert "raceback" not in said, said
+            _try_all(server)
+            _refused(server, "serve")
+            _try_all(server)
+        large.free() if fail == "fill" else large.mend()
+        server.start()
+        with server.api() as api:
+            if fail != "fill":
+                api.wait_box(box, "suspended")
+                api.call("POST", f"/v1/devboxes/{box}/resume")
+                api.wait_box(box, "running")
+            assert api.output(box, "cat kept") == "kept\n"
+    finally:
+        server.stop()
+
+
+def _try_all(server: Server) -> None:
+    """All commands that look at the state folder; what cannot be done is told in a sentence."""
+    for words in (
+        ("storage", "status"),
+        ("storage", "status", "--json"),
+        ("storage", "check"),
+        ("storage", "grow", "64G"),
+        ("storage", "recover"),
+        ("keys", "list"),
+        ("keys", "create", "--name", "more"),
+        ("backup", str(server.folder / "backup")),
+        ("doctor",),
+    ):
+        option = () if words == ("doctor",) else ("--state", str(server.state))
+        environment = {**server.environment(), "DEVBOXD_STATE": str(server.state)}
+        command = [server.program, *words, *option]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode in (0, 1, 2), (words, done)
+        assert "Traceback" not in done.stderr, (words, done.stderr)
+        if done.returncode == 2 and words != ("doctor",):  # doctor tells all that it finds, in a form of its own
+            assert done.stderr.splitlines()[-1].startswith("cannot "), (words, done)
+        shutil.rmtree(server.folder / "backup", ignore_errors=True)

@@ -71,6 +71,26 @@ for number in range(4):
             os.fsync(file)
 os.wait()
 """
+_HOLES = """
+import ctypes, os
+call = ctypes.CDLL(None).fallocate
+file = os.open("/tmp/holes", os.O_CREAT | os.O_RDWR)
+while True:
+    for at in range(0, 256 << 20, 1 << 20):
+        os.pwrite(file, bytes(1 << 20), at)
+    os.fdatasync(file)
+    for at in range(0, 256 << 20, 256 << 10):
+        call(file, 3, ctypes.c_long(at), ctypes.c_long(128 << 10))
+"""
+_SYNCFS = """
+import ctypes, os
+folder, call = os.open("/tmp", os.O_RDONLY), ctypes.CDLL(None).syncfs
+for _ in range(8):
+    if os.fork() == 0:
+        while True:
+            call(folder)
+os.wait()
+"""
 NOISES = {
     "burns CPU": "for n in $(seq 16); do while :; do :; done & done; wait",
     "takes all memory": f"exec python3 -c '{_MEMORY}'",
@@ -85,6 +105,10 @@ DISK_NOISES = {
     "writes all the time": "while :; do dd if=/dev/zero of=/tmp/zeros bs=1M count=1000; done 2>/dev/null",
     "makes files without end": f"exec python3 -c '{_MANY_FILES}'",
     "syncs without end": f"exec python3 -c '{_SYNCS}'",
+    "punches holes": f"exec python3 -c '{_HOLES}'",
+    "deletes without end": "while :; do head -c 200M /dev/zero >/tmp/zeros; sync /tmp/zeros; rm /tmp/zeros; done",
+    "calls sync, eight at once": "for n in $(seq 8); do while :; do sync; done & done; wait",
+    "calls syncfs, eight at once": f"exec python3 -c '{_SYNCFS}'",
     "takes snapshots": "while :; do head -c 100k /dev/urandom >/tmp/$((n = (n + 1) % 100)); done",
 }
 """What wears disks. While a devbox changes its files as the last one does, snapshots of it are taken by the API."""
