@@ -82,10 +82,16 @@ def test_custom_numbers_need_the_custom_size() -> None:
 )
 @pytest.mark.parametrize("empty", [None, "", [], {}])
 def test_unsupported_fields_are_named_and_empty_ones_are_absent(field: str, empty: object) -> None:
-    check_create(CreateDevbox(**{field: empty}))
+    if (field, empty) != ("tunnel", {}):
+        check_create(CreateDevbox(**{field: empty}))
     with pytest.raises(ApiError, match=f"^cannot .*{field}") as refusal:
         check_create(CreateDevbox(**{field: {"x": 1}}))
     assert refusal.value.code == 400
+
+
+def test_an_empty_tunnel_asks_for_one() -> None:
+    with pytest.raises(ApiError, match="^cannot create a devbox with tunnel: "):
+        check_create(CreateDevbox(tunnel={}))
 
 
 @pytest.mark.parametrize("empty", [{}, {"after_idle": None}, {"after_idle": {"on_idle": None}}, {"after_idle": {}}])

@@ -310,11 +310,12 @@ def _asks(value: Any) -> bool:
 def check_create(body: CreateDevbox) -> tuple[LaunchParameters, Resources]:
     """Check everything that a create asks for; return its launch parameters and the limits that follow.
 
-    Raises 400 that names the field. Null and empty count as absent (they ask for nothing).
+    Raises 400 that names the field. Null and empty count as absent (they ask for nothing), except an empty tunnel,
+    which is one with all defaults.
     """
     launch = body.launch_parameters or LaunchParameters()
     for field in _NOT_YET_CREATE:
-        if _asks(getattr(body, field)):
+        if _asks(getattr(body, field)) or (field == "tunnel" and body.tunnel == {}):
             raise _unsupported(field)
     for field in _NOT_YET_LAUNCH:
         if _asks(getattr(launch, field)):
