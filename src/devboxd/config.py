@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -20,8 +20,6 @@ _MOST = 1 << 53
 """No more bytes or seconds than any machine has, and than a number in JSON holds."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
-Url = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z+]*:/\S+$")]
-Urls = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z+]*:/\S+( +[a-z][a-z+]*:/\S+)?$")]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,11 +57,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Resolvers for boxes; none means those of the host."""
     ca_certificates: tuple[Path, ...] | None = None
     """Extra CA certificates (PEM) for images and boxes; unset means those in /usr/local/share/ca-certificates."""
-    apt_mirror: Urls | None = None
+    apt_mirror: str | None = None
     """Debian mirror of the image and of boxes, after a space also that of security updates; unset: the host's."""
-    pip_index_url: Url | None = None
+    pip_index_url: str | None = None
     """Index of pip in boxes; unset: the host's, when boxes can reach it."""
-    npm_registry: Url | None = None
+    npm_registry: str | None = None
     """Registry of npm in boxes; unset: the host's, when boxes can reach it."""
     disk_bytes_per_second: Count = 0
     """Most bytes that each new box reads from the disk in a second, and writes to it; 0: as many as the disk gives.
@@ -154,14 +152,8 @@ def _fitting(key: str, value: Any, source: str) -> Any:
 def _wanted(kind: Any) -> str:
     """What a setting takes, in words."""
     limits, plain = _NO_LIMITS, kind
-    if get_origin(kind) is Union:  # with None, for unset
-        kind = get_args(kind)[0]
     if get_origin(kind) is Annotated:
         plain, limits = get_args(kind)
-    if limits.pattern:
-        return (
-            f"{'one URL, or two with a space between them' if kind is Urls else 'a URL'}, such as https://example.com/x"
-        )
     if plain is int:
         return f"a whole number from {limits.ge} to {limits.le}"
     if plain is bool:
