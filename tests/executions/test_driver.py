@@ -154,6 +154,39 @@ def test_a_broken_command_ends_only_itself(shell: Driver, command: str) -> None:
     assert shell.run("pwd") == (0, "/usr\n", "")
 
 
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        ("while true; do break 2; done; echo after", "after\n"),
+        ("for i in 1 2; do echo $i; continue 3; done; echo after", "1\n2\nafter\n"),
+        ("until false; do for i in 1; do break 9; done; done; echo after", "after\n"),
+        ("break; echo after", "after\n"),
+        ("continue 2; echo after", "after\n"),
+        ("eval 'continue'; echo after", "after\n"),
+        ("f() { break; }; for i in 1 2; do f; echo $i; done", "1\n2\n"),
+        ("break && echo after", "after\n"),
+    ],
+)
+def test_break_and_continue_leave_the_loops_of_the_command_alone(shell: Driver, command: str, printed: str) -> None:
+    assert shell.run(command)[:2] == (0, printed)
+    assert shell.run(command)[:2] == (0, printed)
+
+
+@pytest.mark.parametrize("name", ["s", "a", "k", "n", "f", "c", "i", "t", "e", "v"])
+def test_a_command_that_breaks_the_driver_runs_once(shell: Driver, name: str) -> None:
+    shell.run(f"echo once >>log; readonly __devboxd_{name}")
+    assert shell.run("cat log")[1] == "once\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("exec nonexist", 127), ("exec /", 126), ("exec nonexist; true", 0), (": $((1/0))", 1)]
+)
+def test_an_error_that_an_interactive_bash_survives_loses_nothing(shell: Driver, command: str, status: int) -> None:
+    shell.run("x=5")
+    assert shell.run(command)[0] == status
+    assert shell.run("echo $x") == (0, "5\n", "")
+
+
 def test_the_same_process_lives_on(shell: Driver) -> None:
     first = shell.run("echo $$")[1]
     assert shell.run("echo $$")[1] == first
@@ -288,10 +321,10 @@ def test_options_that_export_and_trace_show_nothing_of_the_driver(shell: Driver)
         assert shell.run("env | grep ^X=; : " + "x" * 200_000)[:2] == (0, "X=1\n")
         shell.run("kill -9 $$")
     assert shell.run("set -x") == (0, "", "")
-    assert shell.run("echo a") == (0, "a\n", "+++ echo a\n")
+    assert shell.run("echo a") == (0, "a\n", "++++++ echo a\n")
     shell.run("kill -9 $$")
     assert shell.run("if")[0] == 2
-    assert shell.run("echo a") == (0, "a\n", "+++ echo a\n")
+    assert shell.run("echo a") == (0, "a\n", "++++++ echo a\n")
     assert shell.run("set +ax; echo ${-//[^ax]/}")[1] == "\n"
     assert shell.run("Y=1; env | grep ^Y=; echo b") == (0, "b\n", "")
 

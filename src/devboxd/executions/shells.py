@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ _DRIVER = r"""
   if {
     \builtin [ -p /dev/fd/20 ] && \builtin [ -p /dev/fd/21 ] || \builtin exit 126;
     \builtin set -m;
-    \builtin shopt -s expand_aliases;
+    \builtin shopt -s expand_aliases execfail;
     __devboxd=/run/devboxd/s/KEY __devboxd_n=0 __devboxd_k= __devboxd_v=;
     for __devboxd_f in '' "$__devboxd/0" "$__devboxd/1"; do
       __devboxd_c=${__devboxd_r[1]-};
@@ -42,13 +43,34 @@ _DRIVER = r"""
     \builtin unset __devboxd_r;
     __devboxd_d=$(\builtin trap -p ERR DEBUG);
     __devboxd_d=${__devboxd_d#"${__devboxd_d%%trap -- *}"};
+    __devboxd_a=u __devboxd_c= __devboxd_t=;
+    if [[ :$BASHOPTS: == *:expand_aliases:* ]]; then __devboxd_a=s; fi;
+    \builtin shopt -u expand_aliases;
+    __devboxd_g=TURN;
+    \builtin printf -v __devboxd_h
+        '%.0s\\builtin eval -- "$__devboxd_g";case $? in 0);; *) \\builtin exit;; esac;' INNER;
+    \builtin printf -v __devboxd_l '%.0s\\builtin eval -- "$__devboxd_h";' INNER;
   }; then \builtin :; fi;
   \builtin :;
-  until
+  OUTER
+}
+"""
+
+_TURN = r"""
+  \builtin shopt "-$__devboxd_a" expand_aliases;
+  \builtin : '';
+  case $__devboxd_t in
+    -1) __devboxd_q '' && \builtin : ;;
+    ARMS
+  esac;
+  \builtin eval -- "$__devboxd_c" 20<&- 21>&-;
+  if
     {
-      __devboxd_s=$? __devboxd_o=$-;
+      __devboxd_s=$? __devboxd_o=$- __devboxd_a=u;
       \unset -f builtin command;
       \builtin set +avx;
+      if [[ :$BASHOPTS: == *:expand_aliases:* ]]; then __devboxd_a=s; fi;
+      \builtin shopt -u expand_aliases;
       if [[ $__devboxd_k ]]; then
         \builtin trap -p ERR DEBUG >|"$__devboxd/d";
         \builtin mapfile -d '' __devboxd_d <"$__devboxd/d";
@@ -61,9 +83,8 @@ _DRIVER = r"""
     __devboxd_o=${__devboxd_o//[^avx]/};
     if [[ $__devboxd_v ]]; then __devboxd_s=$__devboxd_e; else __devboxd_p=("$__devboxd_s"); fi;
     if [[ $__devboxd_k ]]; then
-      __devboxd_n=$(( __devboxd_n + 1 )) __devboxd_f=u __devboxd_i=u;
+      __devboxd_n=$(( __devboxd_n + 1 )) __devboxd_f=u;
       if [[ :$BASHOPTS: == *:extglob:* ]]; then __devboxd_f=s; fi;
-      if [[ :$BASHOPTS: == *:expand_aliases:* ]]; then __devboxd_i=s; fi;
       {
         if [[ $__devboxd_o ]]; then \builtin set "-$__devboxd_o"; fi;
         \builtin printf '# %s\ncd -- %q\nunalias -a\n' "$__devboxd_n" "${PWD-}";
@@ -76,10 +97,10 @@ _DRIVER = r"""
         \builtin declare -f;
         \builtin declare -Fx;
         \builtin printf '\\builtin shopt -%s extglob\n' "$__devboxd_f";
-        \builtin printf '\\builtin shopt -%s expand_aliases\n#end\n' "$__devboxd_i";
+        \builtin printf '\\builtin shopt -%s expand_aliases\n#end\n' "$__devboxd_a";
       } >|"$__devboxd/$(( __devboxd_n % 2 ))";
       \builtin set +avx;
-      __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i= __devboxd_t=;
+      __devboxd_f=$__devboxd_k __devboxd_k= __devboxd_c= __devboxd_i= __devboxd_t= __devboxd_v= __devboxd_e=;
       \builtin printf 'E %s %d\n' "$__devboxd_f" "$__devboxd_s" >&21;
     fi;
     \builtin mapfile -t -n 1 -u 20 __devboxd_i;
@@ -119,17 +140,7 @@ _DRIVER = r"""
       \builtin printf 'S %s\n' "$__devboxd_k" >&21;
     fi;
     [[ ! $__devboxd_k ]];
-  do
-    for __devboxd_i in 1; do
-      \builtin : '';
-      case $__devboxd_t in
-        -1) __devboxd_q '' && \builtin : ;;
-        ARMS
-      esac;
-      \builtin eval -- "$__devboxd_c" 20<&- 21>&-;
-    done;
-  done;
-}
+  then \builtin exit; fi
 """
 
 
@@ -141,7 +152,17 @@ def _arms() -> Iterator[str]:
         yield rf"{count}) {{ {pipe}; }} >/dev/null 2>&1 ;; -{count}) {{ {pipe}; }} >/dev/null 2>&1 && \builtin : ;;"
 
 
-DRIVER = " ".join(line.strip() for line in _DRIVER.replace("ARMS", " ".join(_arms())).splitlines())
+def _line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines()).strip()
+
+
+_INNER, _OUTER = 200, 250
+DRIVER = (
+    _line(_DRIVER)
+    .replace("TURN", shlex.quote(_line(_TURN.replace("ARMS", " ".join(_arms())))))
+    .replace("INNER", " ".join(["1"] * _INNER))
+    .replace("OUTER", r'\builtin eval -- "$__devboxd_l";' * _OUTER)
+)
 """What the bash of a named shell runs: one line, so that errors name the lines of the command. It reads keys at
 descriptor 20 and answers at 21.
 
@@ -153,11 +174,12 @@ what reads PIPESTATUS, which `eval` overwrites, stands behind a text with a pipe
 A command, or a profile, may do anything to this shell; at worst the shell ends with it, and the next begins from the
 record:
 
-- All that is not a command is the condition of an `if` or of the loop. So the end of a command is told even when it
-  jumps there by `continue 2`; `set -e` and a trap on ERR do not hold; and after `set -n`, when nothing is executed any
-  more, an `until` ends where a `while` would spin. The `for` of one round catches a stray `break`.
+- No loop surrounds a command, for `break` and `continue` would leave it: texts that are evaluated many times, in three
+  layers, take its place, for ten million commands. Then the next bash begins from the record. After `set -n`, when
+  nothing is executed any more, they end. A turn that fails outside of its command ends the shell.
+- All that is not a command is the condition of an `if`, where `set -e` and a trap on ERR do not hold.
 - The variables are assigned before the end is told, which one that is `readonly` now prevents.
-- It is one compound command, read while aliases are off. No function but `unset`, `builtin` and
+- All of it is read while aliases are off. No function but `unset`, `builtin` and
   `command` can stand in the way of `\\builtin`; those named `builtin` and `command` last only for their command. If all
   else fails no key is read, and the shell ends.
 - `mapfile` reads, and not `read`, for which IFS and TMOUT, which may be readonly, would count. No name is left to match
