@@ -77,6 +77,18 @@ async def test_http1_hosts_that_conflict_are_refused(web: Web) -> None:
         assert b" 421 " in other.splitlines()[0]
 
 
+async def test_http1_takes_a_target_in_absolute_form(web: Web) -> None:
+    cases = (
+        ("http://localhost/healthz", "Host: localhost\r\n", 200),
+        ("http://localhost/healthz", "Host: evil.example\r\n", 421),
+        ("http://evil.example/healthz", "", 421),  # Granian shows its host where there is no Host header, only there
+    )
+    async with served(web) as (port, _):
+        for target, host, status in cases:
+            answer = await talk(port, f"GET {target} HTTP/1.1\r\n{host}\r\n".encode())
+            assert int(answer.split()[1]) == status, (target, host)
+
+
 async def test_a_client_that_vanishes_does_not_cut_the_effect_short(web: Web) -> None:
     async with served(web) as (port, key):
         web.things.gate.clear()
