@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from support.api import Api
@@ -70,3 +72,33 @@ def test_without_bash_commands_run_by_sh(api: Api, harm: str) -> None:
     assert view["exit_status"] in (126, 127)
     assert "named shells need bash: " in view["stderr"]
     api.shutdown(box)
+
+
+def test_where_bash_cannot_load_its_libraries_a_named_shell_says_so(api: Api) -> None:
+    box = api.create()
+    api.run(box, "sudo mv /lib/$(uname -m)-linux-gnu/libtinfo.so.6 /root/")
+    view = api.run(box, "echo here")
+    assert view["exit_status"] == 127, view
+    assert "libtinfo" in view["stderr"]
+    for _ in range(5):
+        view = api.run(box, "echo here", shell_name="s")
+        assert view["exit_status"] in (126, 127), view
+        assert re.search("bash ended .* without shell_name", view["stderr"]), view
+    api.shutdown(box)
+
+
+def test_a_root_folder_that_the_user_may_not_enter_is_named_with_its_cure(api: Api) -> None:
+    box = api.create()
+    api.run(box, "echo kept >note; sudo chmod 700 /")
+    for shell in ({}, {"shell_name": "s"}):
+        view = api.run(box, "echo here", **shell)
+        assert view["exit_status"] == 126
+        assert "permission denied for /; make a snapshot" in view["stderr"]
+        assert "`chmod 755 /`" in view["stderr"]
+    snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
+    api.shutdown(box)
+    root = {"user_parameters": {"username": "root", "uid": 0}}
+    cure = api.create(snapshot_id=snapshot, launch_parameters=root)
+    assert api.run(cure, "chmod 755 /")["exit_status"] == 0
+    assert api.output(cure, "cat /home/user/note; su user -c whoami") == "kept\nuser\n"
+    api.shutdown(cure)

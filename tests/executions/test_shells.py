@@ -106,3 +106,14 @@ def test_a_box_full_of_held_output_refuses_before_anything_begins(own_server: Se
         assert begun == ["0\n"] * (1100 - len(refused))
         assert 1000 <= len(begun) <= 1024
         assert all("holds the output" in answer.json()["message"] for answer in refused)
+
+
+@pytest.mark.parametrize("fatal", [": ${NOPE:?msg}", "set -u; echo $nope"])
+def test_an_error_that_ends_a_shell_is_told_by_the_next_command(api: Api, box: str, fatal: str) -> None:
+    api.run(box, "x=5; export y=6", shell_name=fatal)
+    assert api.run(box, fatal, shell_name=fatal)["exit_status"] == 127
+    view = api.run(box, "echo ${x-none} $y", shell_name=fatal)
+    assert (view["exit_status"], view["stdout"]) == (0, "none 6\n")
+    assert view["stderr"].startswith("devboxd: the command before ended the named shell with 127;")
+    assert api.run(box, "exit 3", shell_name=fatal)["stderr"] == ""
+    assert api.run(box, "true", shell_name=fatal)["stderr"] == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import os
 import re
@@ -30,12 +31,12 @@ from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
 from devboxd.executions.shells import (
+    FAILED_BASH,
     READ_DRIVER,
     READ_SCRIPT,
     SHELLS_MAX,
     Shell,
     command_script,
-    shell_key,
     shell_script,
 )
 from devboxd.executions.starting import begin
@@ -61,6 +62,14 @@ _STARTING_MAX_S = 1.0
 _SIGKILL = 9
 _KILLED, _TERMINATED = 128 + _SIGKILL, 128 + 15
 _BEGINNINGS_OF_SHELLS = 3
+_NO_WORD = (
+    b"devboxd: bash ended with 127 and without output: if the command did not do that, bash cannot start here; run a "
+    b"command without shell_name to see why\n"
+)
+_BEGUN_ANEW = (
+    "the command before ended the named shell with 127; this one begins in a new one, without variables that were not "
+    "exported"
+)
 
 
 class Executions:
@@ -373,7 +382,10 @@ class Executions:
         box.bashes.pop(event.key, None)
         if (running := box.running.get(event.key)) is not None:
             if event.shell_died and running.row.shell_name is not None:
-                box.bashes.pop(shell_key(running.row.shell_name), None)
+                shell = box.shell(running.row.shell_name)
+                box.bashes.pop(shell.key, None)
+                shell.failed = event.status == FAILED_BASH
+                event = self._explained(box, event)
             await self._complete(box, running, event.status, event=event)
         else:  # its end was stored by a server that died before it could say so
             self._journals.remove_spool(box.id, event.key)
@@ -384,6 +396,17 @@ class Executions:
         except (AgentError, AgentClosedError) as error:
             _log.debug("an end was not acknowledged", key=event.key, error=str(error))
         box.gone_from(event.key)
+
+    def _explained(self, box: Box, event: ExitEvent) -> ExitEvent:
+        """The end of a command whose bash failed without a word: why that may be is put on its stderr."""
+        if event.status != FAILED_BASH or event.stdout_length or event.stderr_length:
+            return event
+        try:
+            self._journals.append(box.id, event.key, "stderr", _NO_WORD)
+        except OSError as full:
+            _log.error("cannot write a journal", execution=event.key, error=str(full))
+            return event
+        return dataclasses.replace(event, stderr_length=len(_NO_WORD))
 
     async def _complete(
         self, box: Box, running: Running, status: int, *, error: str | None = None, event: ExitEvent | None = None
@@ -461,7 +484,8 @@ class Executions:
                     raise
                 box.bashes.pop(shell.key, None)
         words = (
-            f"the named shell ended {_BEGINNINGS_OF_SHELLS} times before it took the command; see what its profile does"
+            f"bash ended {_BEGINNINGS_OF_SHELLS} times before it could read the command; see what the profile does, "
+            "and what a command without shell_name says"
         )
         raise AgentError(Stage.EXEC, errno.ECHILD, words)
 
@@ -473,7 +497,9 @@ class Executions:
             await agent.ack(shell.key)  # the end of an earlier bash, if there is one, would hold the key
         try:
             script = shell_script(shell.key, self.records.find(box.id, shell.key))
-            await begin(box, READ_DRIVER, script, partial(agent.shell, shell.key), root=False)
+            said = (_BEGUN_ANEW,) if shell.failed else ()
+            await begin(box, READ_DRIVER, script, partial(agent.shell, shell.key), root=False, said=said)
+            shell.failed = False
         except AgentError as error:
             if error.stage is not Stage.DUPLICATE:
                 raise

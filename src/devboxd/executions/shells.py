@@ -194,6 +194,10 @@ functions are read with extglob, without which some cannot be, and without alias
 """
 
 
+FAILED_BASH = 127
+"""The exit status of a bash that ended by an error from which an interactive one goes on: `${x:?}`, `set -u; $x`."""
+
+
 def shell_key(name: str) -> str:
     """The key of a shell for the agent: the same for the same name, whatever characters it has."""
     return "sh-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -260,6 +264,8 @@ class Shell:
         """Held from the choice of a status to its commit, so that the queue has the order of the commits."""
         self.queue: deque[Running] = deque()
         self.worker: asyncio.Task[None] | None = None
+        self.failed = False
+        """An error of a command ended the bash; the next command says so."""
 
     @property
     def busy(self) -> bool:

@@ -20,6 +20,8 @@ from devboxd.executions.shells import READ_SCRIPT, READ_SCRIPT_BY_SH
 
 _NO_PROGRAM = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP, errno.EISDIR})
 
+_OPEN_ROOT = "make a snapshot, create a devbox from it with the user root (user_parameters), and `chmod 755 /` there"
+
 
 class _Start(msgspec.Struct, frozen=True):
     program: str
@@ -40,17 +42,25 @@ class _Start(msgspec.Struct, frozen=True):
         return encode_record([self.program, "-lc", read], self.environment, self.directory, self.user, script)
 
 
-async def begin(box: Box, read: str, script: bytes, tell: Callable[[bytes], Awaitable[object]], root: bool) -> None:
+async def begin(
+    box: Box,
+    read: str,
+    script: bytes,
+    tell: Callable[[bytes], Awaitable[object]],
+    root: bool,
+    said: tuple[str, ...] = (),
+) -> None:
     """Start a bash that reads `script` by `read`, as root or as the box's user: give its record to `tell`.
 
-    Raises what `tell` raises when nothing known helps.
+    Its first command says on its stderr what is `said`, one line each. Raises what `tell` raises when nothing known
+    helps.
     """
     start = _Start("bash", read, "root" if root else box.user, dict(box.environment))
     shell = read is not READ_SCRIPT
     while True:
         news = tuple(words for words in start.words if words not in box.told)
         try:
-            await patient(partial(tell, start.record(script, shell, news)))
+            await patient(partial(tell, start.record(script, shell, (*said, *news))))
         except AgentError as error:
             other = _instead(box, start, error, shell)
             if other is None:
@@ -74,6 +84,8 @@ def _instead(box: Box, start: _Start, error: AgentError, shell: bool) -> _Start 
     elif error.stage is Stage.DIRECTORY and start.directory != "/":
         words = f"cannot enter the home directory: {error.name}; going on in /"
         changes = {"directory": "/"}
+    elif error.stage is Stage.DIRECTORY:
+        raise AgentError(Stage.DIRECTORY, error.errno, f"{error.name} for /; {_OPEN_ROOT}") from error
     elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and start.program == "bash":
         return msgspec.structs.replace(start, program="/bin/bash")
     elif error.stage is Stage.EXEC and error.errno in _NO_PROGRAM and shell:
