@@ -89,16 +89,45 @@ def test_where_bash_cannot_load_its_libraries_a_named_shell_says_so(api: Api) ->
 
 def test_a_root_folder_that_the_user_may_not_enter_is_named_with_its_cure(api: Api) -> None:
     box = api.create()
-    api.run(box, "echo kept >note; sudo chmod 700 /")
+    api.run(box, "touch note; sudo chmod 700 /")
     for shell in ({}, {"shell_name": "s"}):
         view = api.run(box, "echo here", **shell)
         assert view["exit_status"] == 126
         assert "permission denied for /; make a snapshot" in view["stderr"]
         assert "`chmod 755 /`" in view["stderr"]
+    assert _cured(api, box, "chmod 755 /") == "user\n"
+
+
+def _cured(api: Api, box: str, cure: str) -> str:
+    """Who the user is in a devbox from a snapshot of one that root cured, which came from a snapshot of this."""
     snapshot = api.call("POST", f"/v1/devboxes/{box}/snapshot_disk")["id"]
     api.shutdown(box)
     root = {"user_parameters": {"username": "root", "uid": 0}}
-    cure = api.create(snapshot_id=snapshot, launch_parameters=root)
-    assert api.run(cure, "chmod 755 /")["exit_status"] == 0
-    assert api.output(cure, "cat /home/user/note; su user -c whoami") == "kept\nuser\n"
-    api.shutdown(cure)
+    other = api.create(snapshot_id=snapshot, launch_parameters=root)
+    assert api.output(other, "id -u") == "0\n"
+    view = api.run(other, cure)
+    assert view["exit_status"] == 0, view
+    mended = api.call("POST", f"/v1/devboxes/{other}/snapshot_disk")["id"]
+    api.shutdown(other)
+    again = api.create(snapshot_id=mended)
+    name = api.output(again, "cat note; whoami")
+    api.shutdown(again)
+    return name
+
+
+def test_a_folder_in_place_of_passwd_is_removed_by_root_in_a_devbox_from_a_snapshot(api: Api) -> None:
+    box = api.create()
+    api.run(box, "touch note; sudo sh -c 'cp /etc/passwd /etc/kept; rm /etc/passwd; mkdir /etc/passwd'")
+    body = {"file_path": "/etc/passwd", "contents": ""}
+    assert "it is a directory" in api.refused("POST", f"/v1/devboxes/{box}/write_file_contents", 400, body)
+    assert _cured(api, box, "rmdir /etc/passwd; mv /etc/kept /etc/passwd") == "user\n"
+
+
+@SHELLS
+def test_a_profile_that_waits_is_removed_by_root_in_a_devbox_from_a_snapshot(api: Api, shell: dict[str, str]) -> None:
+    box = api.create()
+    api.run(box, "touch note; mkfifo .bash_profile")
+    execution = api.start(box, "true", **shell)
+    view = api.call("POST", f"/v1/devboxes/{box}/executions/{execution}/kill")
+    assert view["exit_status"] in (137, 143)
+    assert _cured(api, box, "rm /home/user/.bash_profile") == "user\n"
