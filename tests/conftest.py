@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,13 @@ _MAKES_BOXES = {"server", "own_server", "box", "api"}
 
 
 def pytest_configure() -> None:
-    """A new seed each run, unless one is to be repeated; the event loop of the server, which lacks what others have."""
+    """A new seed each run, unless one is to be repeated; the event loop of the server, which lacks what others have.
+
+    Signals as on a terminal: what begins the tests in the background has some ignored, and programs inherit that.
+    """
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     os.environ.setdefault(_SEED, str(secrets.randbits(32)))
 

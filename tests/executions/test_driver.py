@@ -378,6 +378,7 @@ def test_an_idle_shell_lives_on_whatever_tmout_says(shell: Driver) -> None:
         ("sleep 30 >/dev/null 2>&1 & sleep 31 >/dev/null 2>&1 &", "kill %1; wait %1; echo $?; kill %2", "143"),
         ("trap 'echo $?' ERR", "(exit 5)", "5"),
         ("trap 'echo d' DEBUG; (exit 5)", "echo $?; trap", "d\n5\nd\ntrap -- 'echo d' DEBUG"),
+        ("set -T; trap 'echo r' RETURN; (exit 2)", "echo $?", "2"),
         ("set -T; trap 'echo d' DEBUG; trap 'echo r' RETURN; (exit 2)", "echo $?", "d\n2"),
     ],
 )

@@ -111,7 +111,8 @@ _TURN = r"""
       if (( ${#__devboxd_c} < 9999 )); then __devboxd_c=${__devboxd_c%$'\n'}; fi;
       if (( ${#__devboxd_c} < 9999 ))
           && [[ $__devboxd_c == *'|'* || $__devboxd_c == *ERR* || ${__devboxd_d-} == *ERR* ]]
-          && [[ $__devboxd_c == *[[:alnum:]\"\'\]\}\)/._*] && $__devboxd_c != *'<<'* && $__devboxd_c != *'()' ]]
+          && [[ $__devboxd_c == *[[:alnum:]\"\'\]\}\)/._*=?:+,@%~-] && $__devboxd_c != *'<<'* ]]
+          && [[ $__devboxd_c != *'()' ]]
           && [[ $__devboxd_o != *v* && ($__devboxd_c != *case* || $__devboxd_c == *esac) ]]
           && [[ $__devboxd_c == *done
               || " ${__devboxd_c##*$'\n'}" != *[![:alnum:]_]@(for|select|function|coproc)[[:space:]]* ]]; then
@@ -121,6 +122,8 @@ _TURN = r"""
         __devboxd_t=${#__devboxd_p[@]};
         \builtin printf -v __devboxd_e '|(\\builtin exit %d)' "${__devboxd_p[@]}";
         __devboxd_e="${__devboxd_e#'|'}";
+      elif (( __devboxd_s )) && [[ -o functrace ]]; then
+        __devboxd_t=5 __devboxd_e="(\\builtin exit $__devboxd_s)";
       elif (( __devboxd_s )); then
         __devboxd_t=1 __devboxd_e="__devboxd_q ''";
         __devboxd_q() { \builtin unset -f __devboxd_q; \builtin return "$__devboxd_s"; };
