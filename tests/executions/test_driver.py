@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from devboxd.executions import shells
 from devboxd.executions.shells import READ_DRIVER, READ_SCRIPT, command_script, shell_script
 
 
@@ -185,6 +186,21 @@ def test_an_error_that_an_interactive_bash_survives_loses_nothing(shell: Driver,
     shell.run("x=5")
     assert shell.run(command)[0] == status
     assert shell.run("echo $x") == (0, "5\n", "")
+
+
+def test_a_bash_that_has_run_all_its_turns_runs_the_command_that_it_has_read(
+    shell: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = shells.DRIVER.replace(" 1" * (shells._INNER - 2), "")
+    few = few.replace(r'\builtin eval -- "$__devboxd_l";' * shells._OUTER, r'\builtin eval -- "$__devboxd_l";')
+    monkeypatch.setattr(shells, "DRIVER", few)
+    shell.run("export n=0; exit")
+    processes = set()
+    for number in range(12):
+        status, out, err = shell.run(f"alias a{number}=true; echo {number} $$; (exit {number})")
+        assert (status, out.split()[0], err) == (number, str(number), "")
+        processes.add(out.split()[1])
+    assert len(processes) == 3
 
 
 def test_the_same_process_lives_on(shell: Driver) -> None:

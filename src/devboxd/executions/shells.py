@@ -53,6 +53,7 @@ _DRIVER = r"""
   }; then \builtin :; fi;
   \builtin :;
   OUTER
+  case ${__devboxd_k-} in ?*) \builtin eval -- "$__devboxd_c" 20<&- 21>&-;; esac;
 }
 """
 
@@ -178,8 +179,8 @@ A command, or a profile, may do anything to this shell; at worst the shell ends 
 record:
 
 - No loop surrounds a command, for `break` and `continue` would leave it: texts that are evaluated many times, in three
-  layers, take its place, for ten million commands. Then the next bash begins from the record. After `set -n`, when
-  nothing is executed any more, they end. A turn that fails outside of its command ends the shell.
+  layers, take its place, for ten million commands. The last one ends the shell. After `set -n`, when nothing is
+  executed any more, they end. A turn that fails outside of its command ends the shell.
 - All that is not a command is the condition of an `if`, where `set -e` and a trap on ERR do not hold.
 - The variables are assigned before the end is told, which one that is `readonly` now prevents.
 - All of it is read while aliases are off. No function but `unset`, `builtin` and
