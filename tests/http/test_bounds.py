@@ -205,7 +205,7 @@ async def test_few_may_be_sent_documents_at_once_and_for_so_long(scene: Scene, m
         monkeypatch.setattr(document, "PATIENCE_S", 0.3)
         with capture_logs() as logs:
             async with asyncio.timeout(30):
-                while sum(entry["event"] == "request.cut" for entry in logs) < 4:  # noqa: ASYNC110 (a log sets no event)
+                while sum(entry["event"] == "request.cut" for entry in logs) < 4:
                     writers.append((await scene.shut_streams("/docs", 60))[1])
                     await asyncio.sleep(0.1)
         await settles(client, "/docs", 200)
