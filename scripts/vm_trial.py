@@ -115,8 +115,8 @@ class Trials:
         """Limits, memory, forks, pressure, freezing, disks, suspend and escape under version 2."""
         seconds = self.left(600)
         names = " ".join(f"tests/{name}" for name in TESTS)
-        patience = f"systemd-run --quiet --scope timeout {seconds - 10:.0f}"
-        command = f"{patience} .venv/bin/pytest -o timeout=300 -o cache_dir=/tmp/cache {names}"
+        patience = f"systemd-run --quiet --scope timeout -s INT -k 20 {seconds - 40:.0f}"  # what failed so far is told
+        command = f"{patience} .venv/bin/pytest -v --tb=short -o timeout=300 -o cache_dir=/tmp/cache {names}"
         done = self.machine.run(_HERE + command, seconds)
         said = done.stdout.decode(errors="replace")
         (self.machine.folder.parent / f"tests-{self.machine.release}.log").write_text(said)
