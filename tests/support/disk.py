@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Disk:
         source = self._source()
         with open(source, "rb"):  # the device stays
             subprocess.run(["umount", self.folder], check=True)
-            checked = subprocess.run(["e2fsck", "-fy", source], capture_output=True, check=False)
+            latest = time.monotonic() + 60
+            while b"is in use" in (checked := _checked(source)).stdout and time.monotonic() < latest:
+                time.sleep(0.05)  # a mount namespace that another program makes holds all mounts for a moment
             assert checked.returncode < 4, checked
             subprocess.run(["mount", source, self.folder], check=True)
 
@@ -85,3 +88,7 @@ def small_disk(megabytes: int, make: tuple[str, ...] = ("mkfs.ext4", "-q", "-m",
             yield Disk(folder)
         finally:
             subprocess.run(["umount", folder], check=True)
+
+
+def _checked(source: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["e2fsck", "-fy", source], capture_output=True, check=False)
