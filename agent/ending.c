@@ -1,4 +1,4 @@
-/* SIGNAL and END: whom a signal reaches, and how a kill insists. */
+/* SIGNAL and END: which processes a signal reaches, and how a kill is repeated until they have ended. */
 #include "agent.h"
 
 #include <dirent.h>
@@ -100,7 +100,7 @@ static bool tree_grow(struct tree *t, DIR *proc, pid_t session) {
     return t->count > before;
 }
 
-/* The command, first as above, what it has begun, and whom an earlier signal has reached. */
+/* The launched process first, then its descendants, and those of processes that an earlier signal has reached. */
 static void signal_command(const struct slot *s, const struct request *q, struct targets *reached) {
     static struct tree tree;
     DIR *proc = opendir("/proc");
@@ -166,7 +166,7 @@ static void end_told(struct helper *h, const struct report *r, int *fds) {
     slot_settle(s);
 }
 
-/* Signals all that a command is, and keeps whom that reached. False: there is no helper to be had. */
+/* Begins a helper that signals all processes of a command; its report says which. False: no helper can be made. */
 static bool end_search(struct slot *s, uint32_t scope, int signal) {
     struct request q = {.key = {s->key, (uint32_t)strlen(s->key)}, .scope = scope, .signal = (uint32_t)signal};
     struct helper *h = helper_start(&q, 0, SEARCH_MS, signal_body, -1);
@@ -174,7 +174,7 @@ static bool end_search(struct slot *s, uint32_t scope, int signal) {
     return h != NULL;
 }
 
-/* Whether END has still to reach somebody: EXIT waits for those that it takes along. */
+/* Whether a process that END has signalled is still there, or is being looked for: EXIT waits until none is. */
 bool end_lasts(const struct slot *s) {
     if (s->kill_at && s->searching) return true;
     for (uint32_t i = 0; s->kill_at && i < s->ending.count; i++)

@@ -335,10 +335,8 @@ def test_a_disk_that_fails_below_everything_costs_no_devbox(large: Disk, fail: s
         large.mend()
         server.start()
         with server.api() as api:
-            api.wait_box(box, "suspended")
+            api.wake(box)
             assert api.http.get("/healthz").status_code == 200
-            api.call("POST", f"/v1/devboxes/{box}/resume")
-            api.wait_box(box, "running")
             assert api.output(box, "cat kept") == "kept\n"
     finally:
         server.stop()
@@ -503,9 +501,7 @@ def test_every_command_says_in_a_sentence_that_the_disk_is_full_or_fails(large: 
         server.start()
         with server.api() as api:
             if fail != "fill":
-                api.wait_box(box, "suspended")
-                api.call("POST", f"/v1/devboxes/{box}/resume")
-                api.wait_box(box, "running")
+                api.wake(box)
             assert api.output(box, "cat kept") == "kept\n"
     finally:
         server.stop()

@@ -270,9 +270,7 @@ def test_a_machine_goes_down_in_time_though_nothing_can_be_written_down(own_serv
     (own_server.state / "boot-id").write_text("another run\n")
     own_server.start()
     with own_server.api() as api:
-        assert "the host was restarted" in api.wait_box(box, "suspended")["state_transitions"][-1]["failure_reason"]
-        api.call("POST", f"/v1/devboxes/{box}/resume")
-        api.wait_box(box, "running")
+        assert "the host was restarted" in api.wake(box)["state_transitions"][-1]["failure_reason"]
         assert api.output(box, "cat file") == "kept\n"
 
 
@@ -288,9 +286,7 @@ def test_an_end_that_comes_while_the_server_stops_is_judged_by_the_next_one(own_
     (own_server.state / "boot-id").write_text("another run\n")
     own_server.start()
     with own_server.api() as api:
-        assert "the host was restarted" in api.wait_box(box, "suspended")["state_transitions"][-1]["failure_reason"]
-        api.call("POST", f"/v1/devboxes/{box}/resume")
-        api.wait_box(box, "running")
+        assert "the host was restarted" in api.wake(box)["state_transitions"][-1]["failure_reason"]
         assert api.output(box, "cat file") == "kept\n"
 
 

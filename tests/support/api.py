@@ -57,6 +57,13 @@ class Api:
         """Wait until the devbox is in one of these statuses."""
         return self._wait(f"/v1/devboxes/{box}", statuses, seconds)
 
+    def wake(self, box: str) -> JsonObject:
+        """Resume a devbox that is suspended, or is about to be; its view before that."""
+        asleep = self.wait_box(box, "suspended")
+        self.call("POST", f"/v1/devboxes/{box}/resume")
+        self.wait_box(box, "running")
+        return asleep
+
     def boxes(self, **query: Any) -> list[JsonObject]:
         """One page of devboxes, as large as is allowed."""
         found: list[JsonObject] = self.call("GET", "/v1/devboxes", params={"limit": 5000, **query})["devboxes"]

@@ -174,7 +174,7 @@ def hosts(hostname: str, address: str) -> str:
 
 
 def listen(folder: Path) -> socket.socket:
-    """The agent's listening socket at `folder`/agent.sock, whatever the length of that path."""
+    """The agent's listening socket at `folder`/agent.sock, a path that may be longer than a socket's address can be."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

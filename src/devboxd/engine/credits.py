@@ -64,7 +64,11 @@ class _Disk:
 
 @dataclass(frozen=True)
 class _Need:
-    """In bytes: `used` of its bound; `owed`, which it may take whatever its bound is; `want` for all of its size."""
+    """What one disk needs of the pool, in bytes.
+
+    `used`: what counts towards its bound; `owed`: what it may take of the pool without reaching its bound; `want`: what
+    it lacks to have all of its size.
+    """
 
     disk: _Disk
     used: int
