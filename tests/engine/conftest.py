@@ -62,10 +62,11 @@ async def engine(host: Host) -> OciEngine:
 
 
 @pytest.fixture(scope="module")
-async def shared(image: Image, runtime: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Box]:
-    """A box that the tests of a module share."""
-    async with Host(image, tmp_path_factory.mktemp("shared") / "state", runtime=runtime) as host:
-        yield await host.box()
+async def shared(image: Image, runtime: str) -> AsyncIterator[Box]:
+    """A box that the tests of a module share; its gigabytes of disk go with the module, whatever failed."""
+    with tempfile.TemporaryDirectory(prefix="devboxd-shared-", dir="/var/tmp") as folder:
+        async with Host(image, Path(folder) / "state", runtime=runtime) as host:
+            yield await host.box()
 
 
 @pytest.fixture

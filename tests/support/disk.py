@@ -87,7 +87,11 @@ def small_disk(megabytes: int, make: tuple[str, ...] = ("mkfs.ext4", "-q", "-m",
         try:
             yield Disk(folder)
         finally:
-            subprocess.run(["umount", folder], check=True)
+            try:
+                subprocess.run(["umount", folder], check=True)
+            except subprocess.CalledProcessError:
+                subprocess.run(["umount", "--lazy", folder], check=True)  # the test fails, and leaves the machine clean
+                raise
 
 
 def _checked(source: str) -> subprocess.CompletedProcess[bytes]:
