@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -222,6 +224,31 @@ def test_a_copy_that_waits_becomes_the_next_disk_and_goes_with_its_snapshot(stat
     disks.close()
     disks.open()  # as the next server does
     assert _spares(state) == set()
+
+
+def test_the_server_goes_on_while_the_pool_writes_a_snapshot_down(state: Path) -> None:
+    """The kernel waits for the disk then; no other thread may wait with it."""
+    found = pool.Pool(state)
+    source = found.folder / "source"
+    btrfs.create(source)
+    stood = []
+    for number in range(8):
+        (source / "much").write_bytes(os.urandom(64 << 20))
+        begun = time.monotonic()
+        taking = threading.Thread(target=btrfs.snapshot, args=(source, found.folder / f"copy-{number}"), kwargs=COPY)
+        taking.start()
+        longest, looked = 0.0, begun
+        while taking.is_alive():
+            time.sleep(0.001)
+            looked, longest = time.monotonic(), max(longest, time.monotonic() - looked)
+        taking.join()
+        stood.append(longest / (time.monotonic() - begun))
+    for path in found.folder.iterdir():
+        btrfs.delete(path)
+    assert min(stood) < 0.5, "of the time that a snapshot takes"
+
+
+COPY = {"read_only": True}
 
 
 def test_empty_disks_wait_for_boxes_and_only_for_this_server(state: Path) -> None:

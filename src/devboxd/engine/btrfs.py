@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from devboxd.agent.descriptors import filesystem_type
+from devboxd.engine import linux
 
 MAGIC = 0x9123683E
 _TYPE = 0x94 << 8
@@ -30,20 +30,20 @@ _SYSFS = Path("/sys/fs/btrfs")
 def create(path: Path) -> None:
     """Make an empty subvolume. Raises OSError."""
     with opened(path.parent) as parent:
-        fcntl.ioctl(parent, _SUBVOL_CREATE, _arguments(path.name))
+        linux.ioctl(parent, _SUBVOL_CREATE, _arguments(path.name))
 
 
 def snapshot(source: Path, target: Path, *, read_only: bool) -> None:
     """Make `target` a copy of the subvolume `source` as it is at one instant. Raises OSError."""
     with opened(source) as origin, opened(target.parent) as parent:
-        fcntl.ioctl(parent, _SNAP_CREATE, _arguments(target.name, origin, _READ_ONLY if read_only else 0))
+        linux.ioctl(parent, _SNAP_CREATE, _arguments(target.name, origin, _READ_ONLY if read_only else 0))
 
 
 def delete(path: Path) -> None:
     """Delete a subvolume with all that is in it; none is no error. The room comes back a little later."""
     try:
         with opened(path.parent) as parent:
-            fcntl.ioctl(parent, _SNAP_DESTROY, bytearray(_PLAIN_ARGS.pack(0, os.fsencode(path.name))))
+            linux.ioctl(parent, _SNAP_DESTROY, bytearray(_PLAIN_ARGS.pack(0, os.fsencode(path.name))))
     except FileNotFoundError:
         return
 
@@ -51,7 +51,7 @@ def delete(path: Path) -> None:
 def grow(root: Path) -> None:
     """Use all of the device, which has become larger. Raises OSError."""
     with opened(root) as descriptor:
-        fcntl.ioctl(descriptor, _RESIZE, bytearray(_PLAIN_ARGS.pack(0, b"1:max")))
+        linux.ioctl(descriptor, _RESIZE, bytearray(_PLAIN_ARGS.pack(0, b"1:max")))
 
 
 def is_subvolume(path: Path) -> bool:
@@ -99,7 +99,7 @@ def free(root: Path) -> int:
 def _facts(descriptor: int) -> Path:
     """The folder of what the kernel tells of the file system of an opened folder."""
     buffer = bytearray(1024)
-    fcntl.ioctl(descriptor, _FS_INFO, buffer)
+    linux.ioctl(descriptor, _FS_INFO, buffer)
     number = buffer[16:32].hex()
     name = "-".join((number[:8], number[8:12], number[12:16], number[16:20], number[20:]))
     if not (_SYSFS / name).is_dir():

@@ -164,6 +164,15 @@ def allocate(descriptor: int, size: int) -> None:
     _check(_libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length), "allocate the blocks of a file")
 
 
+def ioctl(descriptor: int, request: int, argument: bytearray) -> None:
+    """What `fcntl.ioctl` does, which stops all threads while it waits when the argument is larger than 1024 bytes.
+
+    Raises OSError.
+    """
+    buffer = (ctypes.c_char * len(argument)).from_buffer(argument)
+    _check(_libc.ioctl(descriptor, ctypes.c_ulong(request), buffer), "ioctl")
+
+
 def write_back(descriptor: int) -> None:
     """Return when all is on the disk that was written to the file system of an opened file. Raises OSError."""
     _check(_libc.syncfs(descriptor), "write a file system back")
