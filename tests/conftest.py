@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -48,6 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder of the test's own that goes with it, also when it fails: a pool of disks in it takes gigabytes."""
+    folder = Path(tempfile.mkdtemp(prefix="devboxd-")).resolve()
+    try:
+        yield folder
+    finally:
+        subprocess.run(["chattr", "-R", "-f", "-a", folder], check=False)  # journals can only be appended to
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
