@@ -26,6 +26,12 @@ async def test_systemds_watchdog_hears_that_the_loop_turns(tmp_path: Path) -> No
     await systemd.watchdog({})
 
 
+def test_systemd_started_what_leads_a_session_or_belongs_to_its_script() -> None:
+    assert systemd.started({"SYSTEMD_EXEC_PID": str(os.getsid(0))})
+    assert not systemd.started({"SYSTEMD_EXEC_PID": "1"}), "a login or a job, which began a session of its own"
+    assert not systemd.started({})
+
+
 @pytest.mark.parametrize(
     ("told", "stops"),
     [

@@ -86,6 +86,14 @@ async def watchdog(environ: Mapping[str, str] = os.environ) -> None:
         await asyncio.sleep(patience_s / 3)
 
 
+def started(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether systemd started this program, perhaps by a script, and no login or job of another service did.
+
+    Those have sessions of their own, also where they share the cgroup of the service that began them.
+    """
+    return environ.get("SYSTEMD_EXEC_PID") == str(os.getsid(0))
+
+
 def machine_stops(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether systemd takes the whole machine down, to halt or to start it anew; False where there is no systemd.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
@@ -107,10 +108,34 @@ def test_version_2_lets_the_server_run_at_once_beside_a_crowd(tree: Path) -> Non
         assert (tree / "devboxd-t/server/cpu.weight").read_text() == weight
 
 
-def test_a_server_in_a_unit_stays_there(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def service(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cgroup of a service, in which the server begins."""
+    folder = tree / "system.slice/some.service"
+    monkeypatch.setattr(cgroups, "own_cgroup", lambda hierarchy, controller: folder)
+    return folder
+
+
+@pytest.mark.parametrize("environment", [{}, {"SYSTEMD_EXEC_PID": "1"}])
+def test_a_server_that_a_login_began_leaves_the_service_of_that(
+    tree: Path, service: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """Without a session of systemd's own a login by ssh is in ssh.service, where the server would be one of many."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cgroups.find("t", tree).open()
+    assert (tree / "devboxd-t/server/cgroup.procs").read_text() == str(os.getpid())
+    assert (tree / "devboxd-t/server/cpu.weight").read_text() == "1000"
+    assert (tree / "devboxd-t/cpu.weight").read_text() == "100\n"
+
+
+def test_a_server_that_systemd_began_stays_in_its_service(
+    tree: Path, service: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its boxes are not idle: they would get nothing while anything else on the machine is busy."""
     (tree / "devboxd-t/boxes/cpu.idle").write_text("0\n")
-    monkeypatch.setattr(cgroups, "own_cgroup", lambda hierarchy, controller: tree / "system.slice/devboxd.service")
+    monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getsid(0)))
     groups = cgroups.find("t", tree)
     groups.open()
     groups.crowd(True)
@@ -129,8 +154,9 @@ def test_a_machine_without_controllers_is_refused(tmp_path: Path, offered: str) 
 
 
 @pytest.fixture
-def real(request: pytest.FixtureRequest) -> Iterator[cgroups.Cgroups]:
-    """The machine's own cgroups of a version, with an instance name of this test's own."""
+def real(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[cgroups.Cgroups]:
+    """The machine's own cgroups of a version, with an instance name of this test's own, as for a server in a shell."""
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
     name = f"x{os.getpid()}"
     root = cgroups.ROOT
     groups: cgroups.Cgroups
@@ -144,6 +170,7 @@ def real(request: pytest.FixtureRequest) -> Iterator[cgroups.Cgroups]:
     home = Path("/proc/self/cgroup").read_text()
     groups.open()
     yield groups
+    asyncio.run(groups.remove("b"))
     groups.close()
     assert not any((hierarchy / f"devboxd-{name}").exists() for hierarchy in groups.hierarchies())
     assert Path("/proc/self/cgroup").read_text() == home
@@ -185,8 +212,6 @@ def test_version_1_writes_its_limits(real: cgroups.Cgroups) -> None:
     assert value("memory.memsw.limit_in_bytes") == str(3 << 30)
     assert value("pids.max") == "100"
     assert real.oom_kills("b") == 0
-    for folder in {top / "boxes/b" for top in real.tops()}:
-        folder.rmdir()
 
 
 @needs_root
@@ -199,7 +224,6 @@ def test_a_kernel_takes_the_limits_of_version_2(real: cgroups.Cgroups) -> None:
     wanted = {"cpu.max": "150000 100000", "memory.max": str(3 << 30), "memory.swap.max": "0", "pids.max": "100"}
     assert {name: (box / name).read_text().strip() for name in wanted} == wanted
     assert (real.tops()[0] / "server/cpu.weight").read_text() == "1000\n"
-    box.rmdir()
 
 
 @needs_root

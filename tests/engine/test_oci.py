@@ -23,6 +23,7 @@ import pytest
 from devboxd.engine import cgroups, disks, namespaces, oci
 from devboxd.engine.base import EngineError, Image, Resources
 from devboxd.errors import SetupError
+from support.disk import small_disk
 from support.disks import READY, volumes_of
 from support.engine import Host
 from support.leftovers import descriptors
@@ -42,6 +43,17 @@ async def test_destroy_leaves_nothing(host: Host) -> None:
     await host.engine.destroy(box.id)
     assert await host.engine.boxes() == {}
     assert host.leftovers() == []
+
+
+async def test_where_room_is_scarce_nothing_holds_the_disk_of_a_box_that_is_gone(host: Host) -> None:
+    """The program that bounds disks once the server is dead starts with the first box then."""
+    with small_disk(4096) as disk:
+        async with Host(host.image, disk.folder / "state", runtime=host.settings.runtime) as other:
+            box = await other.box(Resources(1.0, 512 << 20, 256, disk_bytes=64 << 30))
+            children = " ".join(file.read_text() for file in Path("/proc/self/task").glob("*/children")).split()
+            assert any(b"reserved_clusters" in Path("/proc", pid, "cmdline").read_bytes() for pid in children)
+            await other.engine.destroy(box.id)
+            assert other.leftovers() == []
 
 
 async def test_destroying_twice_at_once_and_again_is_no_error(host: Host) -> None:

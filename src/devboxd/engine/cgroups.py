@@ -5,8 +5,8 @@
 
 While boxes want more processors than there are, they are idle (cpu.idle) beside the server, where the kernel has that:
 it runs at once when it wakes up. Not always, for then an agent that it has just woken waits longer. A server that
-systemd runs stays in its unit's cgroup, which is already its own; all boxes get a tenth of the usual weight then, and
-are idle beside nobody, for they would get nothing as long as something else on the machine is busy.
+systemd started stays in the cgroup of its service, which is already its own; all boxes get a tenth of the usual weight
+then, and are idle beside nobody, for they would get nothing as long as something else on the machine is busy.
 
 Nothing outside devboxd-<instance> is ever changed, but for controllers that version 2 wants enabled.
 """
@@ -23,6 +23,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+from devboxd import systemd
 from devboxd.engine import figures, linux
 from devboxd.engine.base import EngineError, Figures, Resources
 from devboxd.errors import SetupError
@@ -239,13 +240,13 @@ class Cgroups(ABC):
         return False
 
     def _shelter_server(self) -> bool:
-        """Move the server into its group; True when it is in a unit's and stays there.
+        """Move the server into its group; True when it is in that of its own service and stays there.
 
         This comes before `enable`: version 2 enables nothing for the children of a group that has processes.
         """
         top = self.tops()[0]
         home = own_cgroup(top.parent, "cpu")
-        if home.name.endswith(".service"):
+        if home.name.endswith(".service") and systemd.started():
             return True
         _group(top / "server")
         (top / "server" / "cgroup.procs").write_text(str(os.getpid()))

@@ -245,6 +245,7 @@ class OciEngine:
                     async with self._fetches:
                         await self._disks.fetch(spec.box_id, spec.snapshot_id)
                 await in_own_thread(lambda: self._make(spec, slot))
+                await finished(partial(self._finish, spec, slot.index))
                 self._limits[spec.box_id] = spec.resources
                 if kept is None:
                     self._spares.used(spec.snapshot_id, spec.resources.disk_bytes)
@@ -463,7 +464,7 @@ class OciEngine:
         return {name for name in found if not name.startswith(".")}  # crun keeps a cache of its own in .cache
 
     def _make(self, spec: BoxSpec, slot: Slot) -> None:
-        """Everything about one box, in a thread with mounts of its own."""
+        """Make and start one box, in a thread with mounts of its own: what else it started would hold the disk."""
         folder = self._boxes / spec.box_id
         folder.mkdir(mode=0o700)
         link = slot.link
@@ -491,12 +492,15 @@ class OciEngine:
             (folder / "config.json").write_text(json.dumps(self._config(spec, slot, system)))
             machine.lend_devices(self._place)
             self._start(spec, listener)
-        self._disks.limit(spec.box_id, most)
-        pid = int((folder / "pid").read_text())
+
+    def _finish(self, spec: BoxSpec, slot: int) -> None:
+        """Bound the disk of a box that has started, and write down that it is whole."""
+        self._disks.limit(spec.box_id, spec.resources.disk_bytes)
+        pid = int((self._boxes / spec.box_id / "pid").read_text())
         started = linux.start_time(pid)
         if started is None:
             raise EngineError(f"cannot start the box {spec.box_id}: its agent ended at once")
-        self._write(spec.box_id, Record(linux.boot_id(), pid, started, slot.index, most))
+        self._write(spec.box_id, Record(linux.boot_id(), pid, started, slot, spec.resources.disk_bytes))
 
     def _config(self, spec: BoxSpec, slot: Slot, system: dict[str, Path]) -> dict[str, object]:
         namespaces = [{"type": "user", "path": slot.user_path}, {"type": "network", "path": slot.net_path}]
