@@ -24,10 +24,11 @@ BASE = {
     "tasks",
     "systemd",
     "logs",
+    "metrics",
     "probes",
     "remote",
 }
-TOP = {"routes", "unimplemented", "app", "cli", "doctor", "storage", "backup"}
+TOP = {"routes", "services", "unimplemented", "app", "cli", "doctor", "storage", "backup"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -1,4 +1,4 @@
-"""The server: all parts built in one visible order, started, and stopped in the reverse of it.
+"""The server: its parts started in one visible order, and stopped in the reverse of it.
 
 The port is bound first, so that clients of a server that was restarted find it at once and are told to wait.
 """
@@ -12,48 +12,27 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 import structlog
 import uvloop
 
-from devboxd import boot, systemd
-from devboxd.access.files import Files
-from devboxd.access.uploads import Early
-from devboxd.budget import commands_within, open_files, streams_within
-from devboxd.clock import Clock
+from devboxd import boot, services, systemd
 from devboxd.config import Settings
-from devboxd.devboxes.changes import Changes
-from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
-from devboxd.devboxes.snapshots import Snapshots
-from devboxd.devboxes.supervisor import Means, Supervisor
-from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import EngineError
 from devboxd.engine.images import Images
 from devboxd.engine.instance import Instance, claim
-from devboxd.engine.network import Network
-from devboxd.engine.oci import OciEngine
-from devboxd.engine.recipe import base_environment
 from devboxd.errors import SetupError
-from devboxd.executions.box import Boxes
-from devboxd.executions.journals import Journals
-from devboxd.executions.looking import Looking
-from devboxd.executions.records import Records
-from devboxd.executions.running import Executions
-from devboxd.executions.tailing import Tailing
-from devboxd.executions.watch import Watcher
 from devboxd.http.guard import bracketed
 from devboxd.http.listening import HttpServer
 from devboxd.http.once import STOPPING_S
 from devboxd.http.operation import Application, Unready, build
-from devboxd.http.requests import Requests
-from devboxd.http.streams import Closing, Places
+from devboxd.http.streams import Closing
 from devboxd.resources.accounts import first_start
-from devboxd.resources.metrics import Metrics
+from devboxd.resources.metrics import ServerMetrics
 from devboxd.routes import ROUTES
-from devboxd.store.db import FILE_NAME, Store
+from devboxd.services import Services
 from devboxd.tasks import Tasks
 from devboxd.unimplemented import UNIMPLEMENTED
 
@@ -120,82 +99,30 @@ async def _serve(settings: Settings, instance: Instance, listener: socket.socket
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
-        store = Store.open(settings.state / FILE_NAME)
-        stack.callback(store.close)
-        closing, ready, watcher = Closing(), Readiness(), Watcher()
         background = Tasks()
         stack.push_async_callback(background.close)
-        background.start(watcher.run(), "journal watcher")
         background.start(systemd.watchdog(), "systemd's watchdog")
-        journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
-        boxes = Boxes()
-        looking = Looking(store, boxes, journals, watcher, closing)
-        available = open_files()
-        most = commands_within(available)
-        records = Records(store, settings.state / "shells")
-        parts_of = (store, boxes, journals, records, looking)
-        executions = Executions(*parts_of, per_box=settings.executions_per_box, in_all=most)
-        stack.push_async_callback(executions.close)
-        engine = OciEngine(settings, instance, Network(settings, instance), partial(boot.note_storage, settings.state))
-        files = Files(engine.entrances)
         images = Images(settings)
-        incidents = Incidents(engine, journals.folder)
-        changes = Changes(store, Clock())
-        means = _means(settings, changes, engine, executions, looking, files, incidents, closing, images)
-        warm = Warm(engine, images.default, base_environment(settings), settings.warm_boxes)
-        parts = (executions, changes, Supervisor(means), warm, closing, incidents)
-        devboxes = Devboxes(store, engine, *parts, retention_s=settings.retention_seconds)
-        tailing = Tailing(devboxes, looking, incidents, boxes, journals, watcher, closing)
-        snapshots = Snapshots(store, engine, devboxes)
-        places = Places(streams_within(available))
-        requests = Requests()
-        watched = (requests, places, devboxes, changes, executions, incidents, snapshots)
-        metrics = Metrics(settings.state, store, *watched, lambda: ready.state is None, lambda: engine.trouble is None)
-        services = (
-            Early(settings.state),
-            store, devboxes, incidents, snapshots, executions, looking, tailing, boxes, files, closing, places, metrics
-        )  # fmt: skip
+        parts = await stack.enter_async_context(services.build(settings, instance, images))
+        ready, engine = Readiness(), parts.engine
+        parts.metrics.register(
+            ServerMetrics(settings.state, lambda: ready.state is None, lambda: engine.trouble is None)
+        )
         application = build(
             ROUTES,
-            services,
-            store=store,
+            parts.all(),
+            store=parts.store,
             settings=settings,
             ready=lambda: ready.state,
             healthy=lambda: ready.state or (Unready(engine.trouble, hold_s=1.0) if engine.trouble else None),
-            requests=requests,
+            requests=parts.requests,
             absent=UNIMPLEMENTED,
         )
-        await first_start(store, settings.state)
-        async with _listening(listener, application, closing, ready) as serving:
-            start = _start(settings, images, engine, devboxes, snapshots, ready, stack)
-            await _until_stopped(stop, serving, start)
+        await first_start(parts.store, settings.state)
+        async with _listening(listener, application, parts.closing, ready) as serving:
+            await _until_stopped(stop, serving, _start(settings, images, parts, ready, stack))
             systemd.notify("STOPPING=1")
             _log.info("stopping")
-
-
-def _means(
-    settings: Settings,
-    changes: Changes,
-    engine: OciEngine,
-    executions: Executions,
-    looking: Looking,
-    files: Files,
-    incidents: Incidents,
-    closing: Closing,
-    images: Images,
-) -> Means:
-    return Means(
-        changes,
-        engine,
-        executions,
-        looking,
-        files,
-        incidents,
-        closing,
-        base_environment(settings),
-        settings.suspend_keep_memory_seconds,
-        lambda name: images.named(name) if name else images.default(),
-    )
 
 
 async def _until_stopped(
@@ -217,24 +144,16 @@ async def _until_stopped(
         await asyncio.gather(starting, stopping, return_exceptions=True)
 
 
-async def _start(
-    settings: Settings,
-    images: Images,
-    engine: OciEngine,
-    devboxes: Devboxes,
-    snapshots: Snapshots,
-    ready: Readiness,
-    stack: AsyncExitStack,
-) -> None:
+async def _start(settings: Settings, images: Images, parts: Services, ready: Readiness, stack: AsyncExitStack) -> None:
     """Everything between a bound port and the first command: image, engine, reconciliation."""
     await images.ensure_default(ready.progress)
     ready.starting("the server is starting: it looks for the boxes that live")
-    await engine.open(await devboxes.kept())
-    stack.push_async_callback(engine.close)
-    stack.push_async_callback(_part, devboxes)
-    stack.push_async_callback(snapshots.close)
-    await devboxes.open(boot.interruption(settings.state))
-    await snapshots.open()
+    await parts.engine.open(await parts.devboxes.kept())
+    stack.push_async_callback(parts.engine.close)
+    stack.push_async_callback(_part, parts.devboxes)
+    stack.push_async_callback(parts.snapshots.close)
+    await parts.devboxes.open(boot.interruption(settings.state))
+    await parts.snapshots.open()
     boot.remember(settings.state)
     ready.state = None
     systemd.notify("READY=1")

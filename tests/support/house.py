@@ -11,31 +11,15 @@ from typing import Any
 
 import msgspec
 
-from devboxd.access.files import Files
+from devboxd import services
 from devboxd.clock import Clock
 from devboxd.config import Settings
-from devboxd.devboxes.changes import Changes
-from devboxd.devboxes.incidents import Incidents
-from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.states import Event
 from devboxd.devboxes.store import Devbox
-from devboxd.devboxes.supervisor import Means, Supervisor
 from devboxd.devboxes.views import CreateDevbox
-from devboxd.devboxes.warm import Warm
 from devboxd.engine import instance
 from devboxd.engine.base import Image
-from devboxd.engine.network import Network
-from devboxd.engine.oci import OciEngine
-from devboxd.executions.box import Boxes
-from devboxd.executions.journals import Journals
-from devboxd.executions.looking import Looking
-from devboxd.executions.records import Records
-from devboxd.executions.running import Executions
-from devboxd.executions.watch import Watcher
 from devboxd.http.once import Once
-from devboxd.http.streams import Closing
-from devboxd.store.db import FILE_NAME, Store
-from devboxd.tasks import Tasks
 
 ACCOUNT = "acc_test"
 _PATIENCE_S = 60.0
@@ -118,7 +102,7 @@ class House:
 
     def __init__(self, image: Image, state: Path, clock: Clock, **settings: Any) -> None:
         self._image = image
-        self._settings = Settings(state=state, pool_size=1, **settings)
+        self._settings = Settings(state=state, pool_size=1, warm_boxes=0, executions_per_box=100, **settings)
         self._clock = clock
         self._stack = AsyncExitStack()
 
@@ -138,32 +122,22 @@ class House:
         settings, stack = self._settings, self._stack
         claimed = instance.claim(settings.state)
         stack.callback(claimed.close)
-        self.store = store = Store.open(settings.state / FILE_NAME)
-        stack.callback(store.close)
-        closing, watcher, background = Closing(), Watcher(), Tasks()
-        stack.push_async_callback(background.close)
-        background.start(watcher.run(), "journal watcher")
-        journals = Journals(settings.state / "journals", settings.journal_cap_bytes, settings.journals_per_box_bytes)
-        boxes = Boxes()
-        looking = Looking(store, boxes, journals, watcher, closing)
-        records = Records(store, settings.state / "shells")
-        self.executions = executions = Executions(store, boxes, journals, records, looking, per_box=100, in_all=100)
-        stack.push_async_callback(executions.close)
-        self.engine = OciEngine(settings, claimed, Network(settings, claimed))
-        incidents = Incidents(self.engine, journals.folder)
-        changes = Changes(store, self._clock)
-        means = Means(
-            changes, self.engine, executions, looking, Files(lambda _: ()), incidents, closing,
-            {"PATH": "/usr/bin:/bin"},
-            settings.suspend_keep_memory_seconds, lambda _: self._image,
+        parts = await stack.enter_async_context(services.build(settings, claimed, self, self._clock))
+        self.store, self.engine, self.devboxes, self.executions = (
+            parts.store, parts.engine, parts.devboxes, parts.executions
         )  # fmt: skip
-        warm = Warm(self.engine, lambda: self._image, {}, 0)
-        parts = (executions, changes, Supervisor(means), warm, closing, incidents)
-        self.devboxes = Devboxes(store, self.engine, *parts, retention_s=settings.retention_seconds)
         await self.engine.open(await self.devboxes.kept())
         stack.push_async_callback(self.engine.close)
         stack.push_async_callback(self.devboxes.close)
         await self.devboxes.open(interruption=None)
+
+    def default(self) -> Image:
+        """The image of every devbox."""
+        return self._image
+
+    def named(self, _: str) -> Image:
+        """The same, whatever the name of it."""
+        return self._image
 
     async def create(self, **body: Any) -> str:
         """A running devbox; its id."""

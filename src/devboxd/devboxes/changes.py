@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
 import msgspec
 import structlog
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
 from devboxd.clock import Clock
@@ -19,6 +21,7 @@ from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
 from devboxd.http.once import Once
+from devboxd.metrics import counter
 from devboxd.store.db import Store, StoreError
 
 _log = structlog.get_logger()
@@ -85,12 +88,15 @@ class Changes:
         self._store = store
         self.clock = clock
         """By which devboxes live."""
-        self.ended: Counter[tuple[str, ...]] = Counter(dict.fromkeys(_ENDS, 0))
-        """How many devboxes ended since the server was started, by status and reason."""
-        self.suspended = 0
-        """How often one was put to sleep."""
-        self.resumed = 0
-        """How often one that slept ran again."""
+        self._ended: Counter[tuple[str, ...]] = Counter(dict.fromkeys(_ENDS, 0))
+        self._suspended = 0
+        self._resumed = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of what happened to devboxes since the server was started."""
+        yield counter("devboxd_devboxes_ended", "Devboxes that ended, and why", self._ended, "status", "reason")
+        yield counter("devboxd_suspends", "Devboxes put to sleep", {(): self._suspended})
+        yield counter("devboxd_resumes", "Devboxes that slept and run again", {(): self._resumed})
 
     async def apply(
         self, life: Life, event: Event, failure: BoxFailure | None = None, once: Once | None = None, **more: Any
@@ -131,11 +137,11 @@ class Changes:
 
     def _count(self, devbox: Devbox, event: Event, move: Move, failure: BoxFailure | None) -> None:
         if move.status in TERMINAL:
-            self.ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
+            self._ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
         elif event is Event.SUSPENDED:
-            self.suspended += 1
+            self._suspended += 1
         elif move.status is Status.RUNNING and (devbox.boots > 0 or event is Event.THAWED):
-            self.resumed += 1
+            self._resumed += 1
 
     async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
         """Apply an event that nobody asked for; a store that cannot be written is tried until it can."""

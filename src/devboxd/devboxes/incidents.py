@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 import structlog
+from prometheus_client.metrics_core import Metric
 
 from devboxd.clock import now_ms
 from devboxd.devboxes.states import LIVE
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import GIB, resources
 from devboxd.engine.base import FULL, Engine, Resources
+from devboxd.metrics import counter
 
 _log = structlog.get_logger()
 MOST = 200
@@ -57,8 +59,12 @@ class Incidents:
         self._folder = folder
         self._lock = threading.Lock()
         self._seen: dict[str, _Seen] = {}
-        self.oom_kills = 0
-        """How many processes were killed for lack of memory in all devboxes since this server was started."""
+        self._oom_kills = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """The metric of processes that were killed for lack of memory since this server was started."""
+        text = "Processes of devboxes that the kernel killed for lack of memory"
+        yield counter("devboxd_oom_kills", text, {(): self._oom_kills})
 
     def of(self, devbox_id: str) -> list[Incident]:
         """The incidents of a devbox that are known, oldest first."""
@@ -93,7 +99,7 @@ class Incidents:
         except OSError as error:
             _log.error("cannot write down what happened in a devbox", id=devbox.id, error=str(error))
             return False
-        self.oom_kills += now.kills - seen.kills
+        self._oom_kills += now.kills - seen.kills
         if devbox.status in LIVE:
             self._seen[devbox.id] = now
         return bool(fresh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
 from devboxd.devboxes import snapshot_store
@@ -39,6 +41,7 @@ from devboxd.executions.running import Executions
 from devboxd.http.once import Once
 from devboxd.http.streams import Closing, wait
 from devboxd.ids import check_id, new_id
+from devboxd.metrics import counter, gauge
 from devboxd.store.db import Store, StoreError
 from devboxd.tasks import Tasks
 
@@ -81,7 +84,7 @@ class Devboxes:
         self._incidents = incidents
         self._retention_s = retention_s
         self._lives: dict[str, Life] = {}
-        self.created = 0
+        self._created = 0
         self._tasks = Tasks()
 
     # -- the server comes and goes -------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ class Devboxes:
 
         life = self._lives[devbox.id] = Life(devbox)
         await self._tasks.finish(self._write_down(life, insert), f"create {devbox.id}")
-        self.created += 1
+        self._created += 1
         return devbox
 
     async def _write_down(self, life: Life, insert: Callable[[Connection], None]) -> None:
@@ -262,14 +265,17 @@ class Devboxes:
         if (box := self._executions.box(devbox_id)) is not None:
             box.touch()
 
-    def living(self) -> list[Status]:
-        """The status of each devbox that has not been freed."""
-        return [life.devbox.status for life in self._lives.values()]
-
-    def promised_memory(self) -> int:
-        """Bytes of memory that all devboxes together may use that are not asleep."""
-        awake = (life.devbox for life in self._lives.values() if life.devbox.status in (*LIVE, Status.SUSPENDING))
-        return sum(resources(devbox.launch_parameters).memory_bytes for devbox in awake)
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of devboxes that have not been freed."""
+        living = [life.devbox for life in self._lives.values()]
+        now: Counter[tuple[str, ...]] = Counter({(str(status),): 0 for status in Status if status not in TERMINAL})
+        now.update((str(devbox.status),) for devbox in living)
+        yield gauge("devboxd_devboxes", "Devboxes that have not been freed", now, "status")
+        yield counter("devboxd_devboxes_created", "Devboxes made by this server", {(): self._created})
+        awake = (devbox for devbox in living if devbox.status in (*LIVE, Status.SUSPENDING))
+        promised = sum(resources(devbox.launch_parameters).memory_bytes for devbox in awake)
+        text = "Memory that devboxes may use together, as far as they are not asleep"
+        yield gauge("devboxd_promised_memory_bytes", text, {(): promised})
 
     async def figures(self, devbox: Devbox) -> Figures | None:
         """What the devbox uses at this moment; None unless it lives."""
@@ -334,11 +340,6 @@ class Devboxes:
             raise refused(devbox, event.removesuffix("_asked"), move)
         self._touch(devbox_id)
         return self._lives[devbox_id]
-
-    @property
-    def waiting(self) -> int:
-        """How many boxes wait for a create."""
-        return self._warm.ready
 
     def awake(self, devbox_id: str) -> tuple[str, ...]:
         """What kept a devbox with an idle policy awake when it was last looked at."""

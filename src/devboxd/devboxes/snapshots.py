@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import structlog
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
 from devboxd.clock import now_ms
@@ -23,6 +24,7 @@ from devboxd.errors import ApiError, conflict, not_found, timed_out
 from devboxd.http.once import Once
 from devboxd.http.streams import HELD_S
 from devboxd.ids import check_id, new_id
+from devboxd.metrics import counter
 from devboxd.store.db import Store, StoreError
 from devboxd.tasks import Tasks
 
@@ -41,8 +43,12 @@ class Snapshots:
         self._digests: dict[str, asyncio.Task[str]] = {}
         self._one_digest = asyncio.Semaphore(1)
         self._tasks = Tasks()
-        self.finished: Counter[tuple[str, ...]] = Counter({(COMPLETE,): 0, (ERROR,): 0})
-        """How many were finished since the server was started, by status: complete or error."""
+        self._finished: Counter[tuple[str, ...]] = Counter({(COMPLETE,): 0, (ERROR,): 0})
+
+    def collect(self) -> Iterator[Metric]:
+        """The metric of the snapshots that were finished since the server was started."""
+        text = "Snapshots that are complete or have failed (error)"
+        yield counter("devboxd_snapshots", text, self._finished, "status")
 
     async def open(self) -> None:
         """Settle what an earlier server had begun, and remove what no row wants."""
@@ -222,7 +228,7 @@ class Snapshots:
             except StoreError as full:
                 _log.error("cannot store a snapshot; trying again", id=snapshot.id, error=str(full))
                 await asyncio.sleep(_STORE_AGAIN_S)
-        self.finished[(status,)] += 1
+        self._finished[(status,)] += 1
         _log.info("snapshot", id=snapshot.id, devbox=snapshot.devbox_id, status=status, error=error)
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import structlog
+from prometheus_client.metrics_core import Metric
 
 from devboxd.devboxes.prepare import DEFAULT_USER
 from devboxd.devboxes.supervisor import hostname
@@ -22,6 +23,7 @@ from devboxd.engine.base import BoxSpec, Engine, EngineError, Image, Resources
 from devboxd.executions.rehearsal import rehearse
 from devboxd.http.streams import wait
 from devboxd.ids import new_id
+from devboxd.metrics import gauge
 
 _log = structlog.get_logger()
 _AGAIN_S = 10.0
@@ -60,10 +62,9 @@ class Warm:
         self._wanted = asyncio.Event()
         self._taken_at = -_REST_S
 
-    @property
-    def ready(self) -> int:
-        """How many wait."""
-        return len(self._ready)
+    def collect(self) -> Iterator[Metric]:
+        """The metric of the boxes that wait."""
+        yield gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): len(self._ready)})
 
     def take(self, size: Resources) -> str | None:
         """The id of a box of this size that waits, None when there is none. From now on it belongs to the caller."""

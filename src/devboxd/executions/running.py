@@ -14,12 +14,13 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import structlog
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, ExitEvent
@@ -46,6 +47,7 @@ from devboxd.executions.views import view_of
 from devboxd.http.once import Once
 from devboxd.http.streams import wait
 from devboxd.ids import new_id
+from devboxd.metrics import counter, gauge
 from devboxd.store.db import Store, StoreError, TakenError
 from devboxd.tasks import Tasks
 
@@ -93,12 +95,17 @@ class Executions:
         self._looking = looking
         self._per_box = per_box
         self._in_all = in_all
-        self.running = 0
-        self.started = 0
-        self.completed = 0
-        """Counts since the server was started."""
+        self._running = 0
+        self._started = 0
+        self._completed = 0
         self._boxes = boxes
         self._tasks = Tasks()
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of executions since the server was started."""
+        yield gauge("devboxd_executions_running", "Executions that have not completed", {(): self._running})
+        yield counter("devboxd_executions_started", "Executions that were begun", {(): self._started})
+        yield counter("devboxd_executions_completed", "Executions that have ended", {(): self._completed})
 
     # -- boxes come and go ---------------------------------------------------------------------------------------
 
@@ -182,11 +189,11 @@ class Executions:
 
     def _register(self, box: Box, running: Running) -> None:
         box.running[running.row.id] = running
-        self.running += 1
+        self._running += 1
 
     def _forget(self, box: Box, running: Running) -> None:
         if box.running.pop(running.row.id, None) is not None:
-            self.running -= 1
+            self._running -= 1
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -279,7 +286,7 @@ class Executions:
                 ) from error
             raise
         running.committed = True
-        self.started += 1
+        self._started += 1
         self._boxes.wake(box.id)
         if box.gone is not None:
             await self._complete(box, running, _KILLED, error=box.gone)
@@ -290,7 +297,7 @@ class Executions:
             raise ApiError(
                 429, f"cannot start another command in {box.id}: {self._per_box} run there, the limit; wait for some"
             )
-        if self.running >= self._in_all:
+        if self._running >= self._in_all:
             raise ApiError(
                 429,
                 f"cannot start another command: {self._in_all} run on this server, the limit that follows from "
@@ -422,7 +429,7 @@ class Executions:
         self._journals.rations.keep(box.id, done.id, (done.stdout_length or 0) + (done.stderr_length or 0))
         running.changed(done)
         running.ended()
-        self.completed += 1
+        self._completed += 1
         self._boxes.wake(box.id)
         await self.stdin.remove(running)
 

@@ -7,11 +7,13 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
 import msgspec
+from prometheus_client.metrics_core import Metric
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from devboxd.errors import ApiError
 from devboxd.http.answer import Error
+from devboxd.metrics import gauge
 
 HELD_S = 24.0
 """Longest time an answer is held: clients give up on a request after 30 s, some after 25."""
@@ -66,6 +68,11 @@ class Places:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of the places."""
+        yield gauge("devboxd_streams_open", "Streams and file transfers that are open", {(): self.taken})
+        yield gauge("devboxd_streams_limit", "How many may be open", {(): self.limit})
 
     def check(self) -> None:
         """Raise 429 that names the limit when no place is free."""

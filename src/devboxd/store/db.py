@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import structlog
+from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from devboxd.errors import ApiError, SetupError
+from devboxd.metrics import counter
 
 T = TypeVar("T")
 
@@ -89,13 +91,17 @@ class Store:
         self._raw = cast(sqlite3.Connection, self._writer.connection.driver_connection)
         self._queue: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._synced = True
-        self.writes = 0
-        self.commits = 0
-        """How many jobs were committed, and in how many transactions; counted by the writer."""
+        self._writes = 0
+        self._commits = 0
         self._room = asyncio.Semaphore(_QUEUE)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="store-writer", daemon=True)
         self._thread.start()
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics of what this process has written."""
+        yield counter("devboxd_store_writes", "Changes of the store", {(): self._writes})
+        yield counter("devboxd_store_commits", "Transactions that they shared", {(): self._commits})
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -189,8 +195,8 @@ class Store:
             for job in batch:
                 self._perform(job)
             self._raw.execute("COMMIT")
-            self.writes += len(batch)
-            self.commits += 1
+            self._writes += len(batch)
+            self._commits += 1
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 if self._raw.in_transaction:
