@@ -117,3 +117,23 @@ def test_an_error_that_ends_a_shell_is_told_by_the_next_command(api: Api, box: s
     assert view["stderr"].startswith("devboxd: the command before ended the named shell with 127;")
     assert api.run(box, "exit 3", shell_name=fatal)["stderr"] == ""
     assert api.run(box, "true", shell_name=fatal)["stderr"] == ""
+
+
+@pytest.mark.parametrize(
+    ("harm", "cure"),
+    [
+        ("sudo chmod 700 /run", "sudo chmod 755 /run"),
+        ("sudo mkdir -p /run/devboxd/x; sudo chmod 700 /run/devboxd/x", "sudo chmod 711 /run/devboxd/x"),
+        ("sudo rm /dev/fd", "sudo ln -s /proc/self/fd /dev/fd"),
+    ],
+)
+def test_a_command_that_a_shell_cannot_read_fails_and_says_so(api: Api, harm: str, cure: str) -> None:
+    box = api.create()
+    api.output(box, harm)
+    for _ in range(2):
+        view = api.run(box, "echo run", shell_name="s")
+        assert (view["exit_status"], view["stdout"]) == (126, ""), view
+        assert "it was not run" in view["stderr"], view
+    api.run(box, cure)
+    assert api.run(box, "echo run", shell_name="s")["stdout"] == "run\n"
+    api.shutdown(box)

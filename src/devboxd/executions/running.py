@@ -33,6 +33,7 @@ from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
 from devboxd.executions.shells import (
     FAILED_BASH,
+    NOT_RUN,
     READ_DRIVER,
     READ_SCRIPT,
     SHELLS_MAX,
@@ -64,10 +65,12 @@ _STARTING_MAX_S = 1.0
 _SIGKILL = 9
 _KILLED, _TERMINATED = 128 + _SIGKILL, 128 + 15
 _BEGINNINGS_OF_SHELLS = 3
-_NO_WORD = (
-    b"devboxd: bash ended with 127 and without output: if the command did not do that, bash cannot start here; run a "
-    b"command without shell_name to see why\n"
-)
+_NO_WORD = {
+    FAILED_BASH: b"devboxd: bash ended with 127 and without output: if the command did not do that, bash cannot start "
+    b"here; run a command without shell_name to see why\n",
+    NOT_RUN: b"devboxd: bash ended with 126 and without output: if the command did not do that, it was not run; "
+    b"the user must be able to enter /run/devboxd/x, and /dev/fd must lead to /proc/self/fd\n",
+}
 _BEGUN_ANEW = (
     "the command before ended the named shell with 127; this one begins in a new one, without variables that were not "
     "exported"
@@ -406,14 +409,15 @@ class Executions:
 
     def _explained(self, box: Box, event: ExitEvent) -> ExitEvent:
         """The end of a command whose bash failed without a word: why that may be is put on its stderr."""
-        if event.status != FAILED_BASH or event.stdout_length or event.stderr_length:
+        words = _NO_WORD.get(event.status)
+        if words is None or event.stdout_length or event.stderr_length:
             return event
         try:
-            self._journals.append(box.id, event.key, "stderr", _NO_WORD)
+            self._journals.append(box.id, event.key, "stderr", words)
         except OSError as full:
             _log.error("cannot write a journal", execution=event.key, error=str(full))
             return event
-        return dataclasses.replace(event, stderr_length=len(_NO_WORD))
+        return dataclasses.replace(event, stderr_length=len(words))
 
     async def _complete(
         self, box: Box, running: Running, status: int, *, error: str | None = None, event: ExitEvent | None = None

@@ -108,7 +108,7 @@ _TURN = r"""
     __devboxd_k=${__devboxd_i[0]-} __devboxd_v= __devboxd_e= __devboxd_t=;
     if [[ $__devboxd_k ]]; then
       __devboxd_f=/run/devboxd/x/$__devboxd_k;
-      \builtin mapfile -d '' __devboxd_c <"$__devboxd_f/c";
+      \builtin mapfile -d '' __devboxd_c <"$__devboxd_f/c" || \builtin exit 126;
       if (( ${#__devboxd_c} < 9999 )); then __devboxd_c=${__devboxd_c%$'\n'}; fi;
       if (( ${#__devboxd_c} < 9999 ))
           && [[ $__devboxd_c == *'|'* || $__devboxd_c == *ERR* || ${__devboxd_d-} == *ERR* ]]
@@ -139,7 +139,7 @@ _TURN = r"""
       fi;
       __devboxd_i=/dev/null;
       if [[ -p $__devboxd_f/0 ]]; then __devboxd_i=$__devboxd_f/0; fi;
-      \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2";
+      \command exec <"$__devboxd_i" >"$__devboxd_f/1" 2>"$__devboxd_f/2" || \builtin exit 126;
       if [[ ${__devboxd_w-} ]]; then \builtin printf '%s\n' "$__devboxd_w" >&2; \builtin unset __devboxd_w; fi;
       \builtin printf 'S %s\n' "$__devboxd_k" >&21;
     fi;
@@ -200,6 +200,8 @@ functions are read with extglob, without which some cannot be, and without alias
 
 FAILED_BASH = 127
 """The exit status of a bash that ended by an error from which an interactive one goes on: `${x:?}`, `set -u; $x`."""
+NOT_RUN = 126
+"""The exit status of a bash that could not read the text of a command, or not open its output."""
 
 
 def shell_key(name: str) -> str:
