@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from support.api import Api
 from support.raw import Raw, exchange, request, shut_streams
 from support.server import Server
+from support.until import until
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(600)]
 
@@ -32,14 +32,6 @@ def busy() -> Iterator[Server]:
         yield server.start()
     finally:
         server.stop()
-
-
-def until(check: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait for something that nobody tells: descriptors are given back after the answer."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from support.api import Api
 from support.disk import Disk, small_disk
 from support.reader import Reader
 from support.server import Server
+from support.until import until
 
 pytestmark = pytest.mark.box
 RESERVE = "the server lives on what it had kept for itself"
@@ -58,10 +59,7 @@ def with_journals(disk: Disk) -> Iterator[Server]:
 
 def _until_logged(server: Server, event: str) -> None:
     """Wait until the server says this; nothing else tells that it tries again by itself."""
-    deadline = time.monotonic() + 30
-    while event not in server.log.read_text():
-        assert time.monotonic() < deadline, f"{event!r} was never said: {server.tail()}"
-        time.sleep(0.02)
+    until(lambda: event in server.log.read_text(), f"{event!r} was never said: {server.tail()}")
 
 
 def _fill(server: Server, disk: Disk) -> None:
@@ -110,7 +108,7 @@ def test_a_full_disk_under_the_store_refuses_in_words_and_needs_room_alone(serve
         file = {"file_path": "file", "contents": "no room"}
         assert "disk is full" in api.refused("POST", f"{path}/write_file_contents", 507, file)
         api.write(box, "/dev/shm/go", "")
-        _until_logged(server, "cannot store what an execution does; trying again")
+        _until_logged(server, "cannot store a change; trying again")
         assert api.execution(box, fed)["stdout"] == "before\n", "what needs no room is answered"
         assert [view["name"] for view in api.boxes()] == [None]
         disk.free()

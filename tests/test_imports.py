@@ -13,7 +13,7 @@ RESOURCES = {"devboxes", "executions", "blueprints", "access", "resources"}
 BASE = {
     "boot",
     "budget",
-    "clock",
+    "concurrency",
     "http",
     "agent",
     "engine",
@@ -21,7 +21,6 @@ BASE = {
     "errors",
     "ids",
     "config",
-    "tasks",
     "systemd",
     "logs",
     "metrics",

@@ -28,6 +28,7 @@ from support.disks import READY, volumes_of
 from support.leftovers import descriptors, leftovers
 from support.raw import exchange, request
 from support.server import Server, own_memory
+from support.until import until
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(1800)]
 
@@ -66,13 +67,6 @@ async def _each(server: Server, bodies: list[tuple[str, Any]], at_once: int) -> 
     return answers
 
 
-def _until(check: Any, what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
-        time.sleep(0.05)
-
-
 # in one box
 
 
@@ -91,7 +85,7 @@ def test_thousands_of_executions_in_one_box(loaded: Server) -> None:
         print(
             f"{MANY} executions: {MANY / took:.0f} per second, server {grown[0] >> 10} KiB, agent {grown[1] >> 10} KiB"
         )
-        _until(lambda: loaded.descriptors() <= files[0] + 1, "descriptors of the server come back")
+        until(lambda: loaded.descriptors() <= files[0] + 1, "descriptors of the server come back")
         assert len(os.listdir(f"/proc/{agent}/fd")) == files[1]
         assert grown[0] < 16 * MIB
         assert grown[1] < MIB
@@ -263,8 +257,8 @@ async def _churned(server: Server, rounds: int) -> None:
 def _settled(server: Server) -> dict[str, int]:
     """What is held once all devboxes are freed and the pool is full: it does not change any more."""
     held: list[dict[str, int]] = []
-    _until(lambda: not os.listdir(server.boxes), "all devboxes are freed", 120)
-    _until(lambda: held.append(_held(server)) or (len(held) > 10 and len({str(h) for h in held[-10:]}) == 1), "at rest")
+    until(lambda: not os.listdir(server.boxes), "all devboxes are freed", 120)
+    until(lambda: held.append(_held(server)) or (len(held) > 10 and len({str(h) for h in held[-10:]}) == 1), "at rest")
     return held[-1]
 
 

@@ -8,7 +8,6 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from support.api import Api
 from support.reader import Reader
 from support.server import Server, free_port
+from support.until import until
 
 pytestmark = pytest.mark.box
 
@@ -42,13 +42,6 @@ def _lives(mark: str) -> bool:
     return False
 
 
-def _until(check: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.05)
-
-
 def test_nothing_is_lost_when_the_server_is_killed(own_server: Server) -> None:
     """One box: a command fed before and after, one that counts, one that ends meanwhile, one that had ended."""
     mark = str(uuid.uuid4())
@@ -63,7 +56,7 @@ def test_nothing_is_lost_when_the_server_is_killed(own_server: Server) -> None:
         reader = Reader(own_server, box, counting).until(lambda r: r.position > 500)
     own_server.kill()
     assert reader.wait() == "cut"
-    _until(lambda: not _lives(mark))
+    until(lambda: not _lives(mark))
     own_server.start(120)
     with own_server.api() as api:
         assert api.box(box)["status"] == "running"
@@ -139,7 +132,7 @@ def test_clients_that_come_before_a_devbox_is_attached_again_miss_nothing(own_se
             assert api.execution(box, execution)["status"] == "running"
         finally:
             os.kill(agent, signal.SIGCONT)
-        _until(lambda: api.http.post(f"/v1/devboxes/{box}/execute_sync", json={"command": "true"}).status_code == 200)
+        until(lambda: api.http.post(f"/v1/devboxes/{box}/execute_sync", json={"command": "true"}).status_code == 200)
         assert api.send(box, execution, "second\n")
     assert reader.wait() == "clean"
     assert reader.text == "first\nsecond\n"
@@ -159,7 +152,7 @@ def test_a_named_shell_goes_on_with_its_queue(own_server: Server) -> None:
             api.start(box, "exit 3", **shell),
             api.start(box, "pwd; echo $COLOUR", **shell),
         ]
-        _until(lambda: api.execution(box, queued[0])["status"] == "running")
+        until(lambda: api.execution(box, queued[0])["status"] == "running")
         assert api.execution(box, queued[1])["status"] == "queued"
     own_server.restart()
     with own_server.api() as api:

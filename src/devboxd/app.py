@@ -18,6 +18,7 @@ import structlog
 import uvloop
 
 from devboxd import boot, services, systemd
+from devboxd.concurrency.tasks import Tasks
 from devboxd.config import Settings
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.engine.base import EngineError
@@ -33,7 +34,6 @@ from devboxd.resources.accounts import first_start
 from devboxd.resources.metrics import ServerMetrics
 from devboxd.routes import ROUTES
 from devboxd.services import Services
-from devboxd.tasks import Tasks
 from devboxd.unimplemented import UNIMPLEMENTED
 
 _log = structlog.get_logger()

@@ -16,7 +16,6 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +24,7 @@ from pathlib import Path
 import msgspec
 
 from devboxd import __version__, boot
+from devboxd.concurrency.clock import now_ms
 from devboxd.config import Settings
 from devboxd.devboxes import snapshot_store
 from devboxd.devboxes import store as devbox_store
@@ -113,7 +113,7 @@ async def backup(settings: Settings, target: Path, secrets: Path | None, tell: T
 
 
 async def _write_all(settings: Settings, state: Path, target: Path, tell: Tell) -> Contents:
-    contents = Contents(_FORMAT, __version__, time.time_ns() // 1_000_000, [], {})
+    contents = Contents(_FORMAT, __version__, now_ms(), [], {})
     with _pool(state) as pool:
         tell(0.0, "the store")
         _copy_store(state / FILE_NAME, target / FILE_NAME)

@@ -12,7 +12,8 @@ from devboxd import boot
 from devboxd.access.files import Files
 from devboxd.access.uploads import Early
 from devboxd.budget import commands_within, open_files, streams_within
-from devboxd.clock import Clock
+from devboxd.concurrency.clock import Clock
+from devboxd.concurrency.tasks import Tasks
 from devboxd.config import Settings
 from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.incidents import Incidents
@@ -36,7 +37,6 @@ from devboxd.http.requests import Requests
 from devboxd.http.streams import Closing, Places
 from devboxd.metrics import Metrics
 from devboxd.store.db import FILE_NAME, Store
-from devboxd.tasks import Tasks
 
 
 class ImageSource(Protocol):

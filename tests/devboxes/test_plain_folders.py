@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 
 from support.api import Api
 from support.server import Server
+from support.until import until
 
 pytestmark = pytest.mark.box
 _PATIENCE_S = 60.0
@@ -74,14 +74,6 @@ def plain(gate: Gate) -> Iterator[Server]:
     finally:
         gate.open()
         server.stop()
-
-
-def until(look: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + _PATIENCE_S
-    while not (found := look()):
-        assert time.monotonic() < deadline, "it never comes about"
-        time.sleep(0.01)
-    return found
 
 
 def take(api: Api, box: str) -> str:

@@ -1,7 +1,5 @@
 """Which boxes let the others go first: by figures, in files as a kernel shows them, and by the kernel itself."""
 
-# ruff: noqa: ASYNC110
-
 from __future__ import annotations
 
 import asyncio
@@ -20,6 +18,7 @@ from devboxd.agent import pulse_binary
 from devboxd.engine import cgroups
 from devboxd.engine.turns import Turns, behind
 from support.engine import Host
+from support.until import eventually
 
 _AMOUNTS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 64), min_size=1)
 
@@ -173,17 +172,12 @@ async def test_a_box_that_burns_waits_for_the_others_until_it_stops(host: Host) 
     def order() -> list[str]:
         return [(folder / name / "cpu.idle").read_text().strip() for name in ("", burner.id, other.id)]
 
-    async def until(wanted: list[str]) -> None:
-        async with asyncio.timeout(60):
-            while order() != wanted:
-                await asyncio.sleep(0.05)  # nobody is told when the order changes
-
     assert order() == ["0", "0", "0"]
     await burner.sh("for n in 1 2 3 4; do { while :; do :; done & } ; done >/dev/null 2>&1")
-    await until(["1", "1", "0"])
+    await eventually(lambda: order() == ["1", "1", "0"])
     assert await other.sh("echo on") == "on"
     await burner.sh("kill -9 -1 || :")
-    await until(["0", "0", "0"])
+    await eventually(lambda: order() == ["0", "0", "0"])
 
 
 @pytest.mark.anyio

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pytest
 from support.api import Api
 from support.reader import Reader
 from support.server import Server
+from support.until import until
 
 pytestmark = pytest.mark.box
 
@@ -61,13 +62,6 @@ def _inside(server: Server, box: str, *command: str) -> bool:
     return subprocess.run(["nsenter", "-t", pid, "-a", *command], timeout=20, check=False).returncode == 0
 
 
-def _until(check: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not in {seconds} s"
-        time.sleep(0.02)
-
-
 def _post(server: Server, path: str, body: Any, request_id: str | None = None) -> httpx.Response:
     with server.api() as api:
         headers = {} if request_id is None else {"x-request-id": request_id}
@@ -95,7 +89,7 @@ def test_waits_and_streams_outlive_a_broken_connection_to_the_agent(
     reader = Reader(server, box, execution).until(lambda r: r.text == "begun\n")
     for _ in range(3):
         _steal(server, box)
-        _until(lambda: api.output(box, "echo back") == "back\n")
+        until(lambda: api.output(box, "echo back") == "back\n")
     assert api.send(box, execution, "told\n")
     assert api.send(box, execution, signal="EOF")
     api.write(box, "/tmp/broken", "")
@@ -124,7 +118,7 @@ def test_commands_that_begin_while_the_connection_breaks_run_once(
     for number, future in enumerate(started):
         view = api.wait(box, future.result())
         assert (view["exit_status"], view["stdout"]) == (0, f"{number}\n")
-    _until(lambda: _post(server, f"/v1/devboxes/{box}/read_file_contents", {"file_path": "/tmp/once"}).is_success)
+    until(lambda: _post(server, f"/v1/devboxes/{box}/read_file_contents", {"file_path": "/tmp/once"}).is_success)
     assert sorted(api.read(box, "/tmp/once").split()) == sorted(str(number) for number in range(60))
 
 
@@ -141,7 +135,7 @@ def test_what_is_asked_before_the_agent_answers_is_answered_then(own_server: Ser
         victim = api.start(box, "sleep 600")
         fed = api.start(box, "cat", attach_stdin=True)
         lost = side.submit(_post, own_server, f"{path}/execute_sync", {"command": wait}, request)
-        _until(lambda: api.output(box, "ls /tmp | grep -c here || :") == "2\n")
+        until(lambda: api.output(box, "ls /tmp | grep -c here || :") == "2\n")
     own_server.kill()
     with pytest.raises(httpx.TransportError):
         lost.result(10)
@@ -171,7 +165,7 @@ def test_a_stream_of_a_devbox_that_is_being_freed_ends(own_server: Server) -> No
     with own_server.api() as api:
         box = api.create()
         execution = api.start(box, "echo said; sleep 600")
-        _until(lambda: bool(api.execution(box, execution)["stdout"]))
+        until(lambda: bool(api.execution(box, execution)["stdout"]))
     own_server.kill()
     with contextlib.closing(sqlite3.connect(own_server.state / "devboxd.db")) as store, store:
         store.execute("UPDATE devboxes SET deadline_ms = 0")
@@ -266,7 +260,7 @@ def test_a_spool_is_gone_when_its_command_has_ended(api: Api, box: str, server: 
     assert api.send(box, execution, "x" * 3_000_000)
     api.wait(box, execution)
     spools = server.state / "journals" / box
-    _until(lambda: not (spools / f"{execution}.stdin").exists(), 5)
+    until(lambda: not (spools / f"{execution}.stdin").exists(), 5)
 
 
 # -- answers
@@ -281,7 +275,7 @@ def test_a_command_that_was_waited_for_is_told_after_its_devbox_has_ended(
         path = f"/v1/devboxes/{box}/execute_sync"
         body = {"command": "echo said; touch /tmp/there; sleep 600"}
         held = side.submit(_post, own_server, path, body, request)
-        _until(lambda: _inside(own_server, box, "test", "-e", "/tmp/there"))
+        until(lambda: _inside(own_server, box, "test", "-e", "/tmp/there"))
     own_server.kill()
     with pytest.raises(httpx.TransportError):
         held.result(10)
@@ -346,7 +340,7 @@ def test_sigterm_is_quick_with_many_commands_and_streams(own_server: Server, sid
         held = [
             side.submit(_post, own_server, f"/v1/devboxes/{box}/execute_sync", {"command": "sleep 61"}) for box in boxes
         ]
-        _until(lambda: api.output(boxes[1], "pgrep -c -f [s]leep.61 || :") == "1\n")
+        until(lambda: api.output(boxes[1], "pgrep -c -f [s]leep.61 || :") == "1\n")
         before = own_server.descriptors()
         assert own_server.terminate() < 5
     assert {reader.wait() for reader in readers} == {"408"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,15 +11,10 @@ import httpx
 import pytest
 
 from support.serving import Http2, named, served
+from support.until import eventually
 from support.web import Web
 
 pytestmark = pytest.mark.anyio
-
-
-async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not check():  # noqa: ASYNC110 (the end of a task of somebody else sets no event)
-            await asyncio.sleep(0.01)
 
 
 async def talk(port: int, request: bytes) -> bytes:
@@ -136,7 +130,7 @@ async def test_streams_end_when_their_client_leaves(web: Web) -> None:
             await reader.readuntil(b"still here")
         for _, writer in connections:
             writer.close()
-        await until(lambda: len(asyncio.all_tasks()) <= running)
+        await eventually(lambda: len(asyncio.all_tasks()) <= running)
 
 
 async def test_a_stream_that_breaks_is_seen_as_broken(web: Web) -> None:

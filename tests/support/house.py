@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from devboxd import services
-from devboxd.clock import Clock
+from devboxd.concurrency.clock import Clock
 from devboxd.config import Settings
 from devboxd.devboxes.states import Event
 from devboxd.devboxes.store import Devbox

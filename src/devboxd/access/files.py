@@ -19,10 +19,10 @@ from pathlib import Path
 from devboxd.access import memory
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, OpenedTarget
 from devboxd.agent.protocol import Stage
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
+from devboxd.concurrency.waits import wait
 from devboxd.errors import ApiError, bad_request, conflict, not_found
 from devboxd.executions.box import Box, as_user
-from devboxd.http.streams import wait
 
 BLOCK = 1 << 20
 SILENCE_S = 20.0

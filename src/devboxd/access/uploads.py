@@ -14,7 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
 from devboxd.errors import ApiError, bad_request
 
 _MAX_FIELD = 8192

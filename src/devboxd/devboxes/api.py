@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from devboxd.clock import now_ms
+from devboxd.concurrency.clock import now_ms
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.states import WIRE_STATUSES, Event
 from devboxd.devboxes.usage import DevboxUsageView, used

@@ -14,7 +14,7 @@ import structlog
 from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
-from devboxd.clock import Clock
+from devboxd.concurrency.clock import Clock
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.states import LIVE, SHUTDOWN_REASONS, TERMINAL, Effect, Event, Move, Refusal, Status, step
 from devboxd.devboxes.store import Devbox
@@ -22,10 +22,10 @@ from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransi
 from devboxd.errors import ApiError
 from devboxd.http.once import Once
 from devboxd.metrics import counter
-from devboxd.store.db import Store, StoreError
+from devboxd.store.db import Store
+from devboxd.store.retry import retry_until_stored
 
 _log = structlog.get_logger()
-_STORE_AGAIN_S = 1.0
 _NEVER_MS = 1 << 60
 _LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED, Event.READY})
 """What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
@@ -145,24 +145,17 @@ class Changes:
 
     async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
         """Apply an event that nobody asked for; a store that cannot be written is tried until it can."""
-        while True:
-            try:
-                return await self.apply(life, event, failure, **more)
-            except StoreError as full:
-                _log.error("cannot store the state of a devbox; trying again", id=life.devbox.id, error=str(full))
-                await asyncio.sleep(_STORE_AGAIN_S)
+        await retry_until_stored(lambda: self.apply(life, event, failure, **more), f"{event} of {life.devbox.id}")
 
     async def note(self, life: Life, **values: Any) -> None:
         """Write columns that nobody waits for; tried until it can be done."""
-        while True:
-            try:
-                async with life.lock:
-                    change = partial(rows.change, devbox=life.devbox, **values)
-                    life.update(await self._store.write(change, synced=False))
-                return
-            except StoreError as full:
-                _log.error("cannot store what a devbox does; trying again", id=life.devbox.id, error=str(full))
-                await asyncio.sleep(_STORE_AGAIN_S)
+
+        async def write() -> None:
+            async with life.lock:
+                change = partial(rows.change, devbox=life.devbox, **values)
+                life.update(await self._store.write(change, synced=False))
+
+        await retry_until_stored(write, f"{', '.join(values)} of {life.devbox.id}")
 
 
 def changed(connection: Connection, devbox: Devbox, once: Once | None, **values: Any) -> Devbox:

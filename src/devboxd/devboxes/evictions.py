@@ -9,8 +9,9 @@ from typing import Annotated
 import msgspec
 from starlette.responses import Response
 
+from devboxd.concurrency.waits import wait
 from devboxd.http.operation import Call
-from devboxd.http.streams import HEARTBEAT_S, Closing, EndedEarlyError, Places, events, wait
+from devboxd.http.streams import HEARTBEAT_S, Closing, EndedEarlyError, Places, events
 
 
 class EvictionView(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ import msgspec
 import structlog
 from prometheus_client.metrics_core import Metric
 
-from devboxd.clock import now_ms
+from devboxd.concurrency.clock import now_ms
 from devboxd.devboxes.states import LIVE
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import GIB, resources

@@ -19,6 +19,8 @@ import structlog
 from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
+from devboxd.concurrency.tasks import Tasks
+from devboxd.concurrency.waits import wait
 from devboxd.devboxes import snapshot_store
 from devboxd.devboxes import store as rows
 from devboxd.devboxes.changes import BoxFailure, Changes, Life, changed, deadline, refused
@@ -39,11 +41,10 @@ from devboxd.engine.base import Engine, Figures
 from devboxd.errors import ApiError, bad_request, not_found
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
-from devboxd.http.streams import Closing, wait
+from devboxd.http.streams import Closing
 from devboxd.ids import check_id, new_id
 from devboxd.metrics import counter, gauge
 from devboxd.store.db import Store, StoreError
-from devboxd.tasks import Tasks
 
 _log = structlog.get_logger()
 _MEASURE_S = 1.0

@@ -12,7 +12,8 @@ import structlog
 from prometheus_client.metrics_core import Metric
 from sqlalchemy import Connection
 
-from devboxd.clock import now_ms
+from devboxd.concurrency.clock import now_ms
+from devboxd.concurrency.tasks import Tasks
 from devboxd.devboxes import snapshot_store as rows
 from devboxd.devboxes import store as devbox_rows
 from devboxd.devboxes.changes import Life
@@ -25,11 +26,10 @@ from devboxd.http.once import Once
 from devboxd.http.streams import HELD_S
 from devboxd.ids import check_id, new_id
 from devboxd.metrics import counter
-from devboxd.store.db import Store, StoreError
-from devboxd.tasks import Tasks
+from devboxd.store.db import Store
+from devboxd.store.retry import retry_until_stored
 
 _log = structlog.get_logger()
-_STORE_AGAIN_S = 1.0
 
 
 class Snapshots:
@@ -221,13 +221,7 @@ class Snapshots:
                 _log.warning("the size of a snapshot is not known", id=snapshot.id, error=str(unknown))
         status = ERROR if error else COMPLETE
         change = partial(rows.change, snapshot=snapshot, status=status, error=error, size_bytes=size)
-        while True:
-            try:
-                await self._store.write(change)
-                break
-            except StoreError as full:
-                _log.error("cannot store a snapshot; trying again", id=snapshot.id, error=str(full))
-                await asyncio.sleep(_STORE_AGAIN_S)
+        await retry_until_stored(lambda: self._store.write(change), f"the end of {snapshot.id}")
         self._finished[(status,)] += 1
         _log.info("snapshot", id=snapshot.id, devbox=snapshot.devbox_id, status=status, error=error)
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import structlog
 from prometheus_client.metrics_core import Metric
 
+from devboxd.concurrency.waits import wait
 from devboxd.devboxes.prepare import DEFAULT_USER
 from devboxd.devboxes.supervisor import hostname
 from devboxd.devboxes.views import LaunchParameters, resources
 from devboxd.engine.base import BoxSpec, Engine, EngineError, Image, Resources
 from devboxd.executions.rehearsal import rehearse
-from devboxd.http.streams import wait
 from devboxd.ids import new_id
 from devboxd.metrics import gauge
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import structlog
 
+from devboxd.concurrency.threads import finished
 from devboxd.engine import btrfs, linux, loops, manifest, volumes
 from devboxd.engine.base import EngineError
-from devboxd.engine.blocking import finished
 from devboxd.engine.credits import Credits
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import BOUNDED, piped

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from devboxd.concurrency.threads import finished
 from devboxd.config import Settings
 from devboxd.engine import manifest, recipe
 from devboxd.engine.base import EngineError, Image
-from devboxd.engine.blocking import finished
 
 Progress = Callable[[float, str], None]
 """Called with the share that is done, 0 to 1, and a few words on what happens now."""

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import structlog
 
+from devboxd.concurrency.threads import finished, in_own_thread, readable
 from devboxd.engine import linux
 from devboxd.engine.base import EngineError, Resources
-from devboxd.engine.blocking import finished, in_own_thread, readable
 from devboxd.engine.cgroups import Cgroups
 from devboxd.engine.processes import which
 

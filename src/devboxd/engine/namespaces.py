@@ -17,8 +17,8 @@ from pathlib import Path
 
 import structlog
 
+from devboxd.concurrency.threads import finished
 from devboxd.engine.base import EngineError
-from devboxd.engine.blocking import finished
 from devboxd.engine.instance import IDS_PER_BOX, Instance
 from devboxd.engine.network import Link, Network
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from devboxd.concurrency.threads import finished
 from devboxd.config import Settings
 from devboxd.engine import dns, figures, wall
 from devboxd.engine.base import EngineError
-from devboxd.engine.blocking import finished
 from devboxd.engine.instance import Instance
 from devboxd.engine.netns import inside
 from devboxd.engine.nettools import ip

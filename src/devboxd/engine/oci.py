@@ -28,11 +28,12 @@ from pathlib import Path
 import structlog
 
 from devboxd.agent import agent_binary
+from devboxd.concurrency.tasks import Tasks
+from devboxd.concurrency.threads import finished, in_own_thread, readable
 from devboxd.config import Settings
 from devboxd.engine import bundle, cgroups, linux, machine, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blockdevices import below
-from devboxd.engine.blocking import finished, in_own_thread, readable
 from devboxd.engine.disks import Disks
 from devboxd.engine.instance import Instance
 from devboxd.engine.lxcfs import Lxcfs
@@ -47,7 +48,6 @@ from devboxd.engine.turns import Turns
 from devboxd.engine.uncounted import Uncounted
 from devboxd.engine.upkeep import Upkeep
 from devboxd.errors import SetupError
-from devboxd.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
 

@@ -9,8 +9,8 @@ from functools import partial
 
 import structlog
 
+from devboxd.concurrency.threads import finished
 from devboxd.engine.base import EngineError
-from devboxd.engine.blocking import finished
 from devboxd.engine.disks import Disks
 
 _log = structlog.get_logger(__name__)

@@ -18,7 +18,7 @@ from functools import partial
 import structlog
 
 from devboxd.agent import pulse_binary
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
 from devboxd.engine.cgroups import Cgroups
 
 _log = structlog.get_logger(__name__)

@@ -9,7 +9,7 @@ from functools import partial
 
 import structlog
 
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
 from devboxd.engine.disks import Disks
 from devboxd.engine.fallback import Fallback
 from devboxd.engine.pool import Pool

@@ -19,11 +19,11 @@ from typing import Any
 
 import structlog
 
+from devboxd.concurrency.tasks import Tasks
+from devboxd.concurrency.threads import finished
 from devboxd.engine.base import EngineError
-from devboxd.engine.blocking import finished
 from devboxd.engine.instance import Instance
 from devboxd.engine.nettools import ip, nft, run
-from devboxd.tasks import Tasks
 
 _log = structlog.get_logger(__name__)
 

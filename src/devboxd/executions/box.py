@@ -14,12 +14,12 @@ from typing import TypeVar
 
 from devboxd.agent.client import AgentClient, AgentError
 from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage
-from devboxd.clock import Clock
+from devboxd.concurrency.clock import Clock
+from devboxd.concurrency.waits import wait
 from devboxd.errors import ApiError
 from devboxd.executions.journals import Spool
 from devboxd.executions.shells import SHELLS_MAX, Shell, shell_key
 from devboxd.executions.store import Execution
-from devboxd.http.streams import wait
 
 _T = TypeVar("_T")
 _AGAIN_S = 0.05

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 
+from devboxd.concurrency.waits import wait
 from devboxd.errors import bad_request, not_found
 from devboxd.executions import store as rows
 from devboxd.executions.box import Boxes, Running, unreachable
@@ -16,7 +17,7 @@ from devboxd.executions.output import follow, tail
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.executions.views import Chunk, ExecutionDetailView, ExecutionView, view_of
 from devboxd.executions.watch import Watcher
-from devboxd.http.streams import HEARTBEAT_S, Closing, wait
+from devboxd.http.streams import HEARTBEAT_S, Closing
 from devboxd.store.db import Store
 
 _HANDLE = re.compile(r"[A-Za-z0-9_-]{1,128}")

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from devboxd.agent.client import AgentClosedError, AgentError
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
 from devboxd.errors import ApiError
 from devboxd.executions import store as rows
 from devboxd.executions.box import Box, as_user, patient

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,9 @@ from sqlalchemy import Connection
 
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError, ExitEvent
 from devboxd.agent.protocol import Entry, EntryState, Scope, Stage
+from devboxd.concurrency.clock import now_ms
+from devboxd.concurrency.tasks import Tasks
+from devboxd.concurrency.waits import wait
 from devboxd.errors import ApiError, bad_request, conflict
 from devboxd.executions import store as rows
 from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
@@ -46,18 +48,16 @@ from devboxd.executions.stdin import Stdin
 from devboxd.executions.store import COMPLETED, QUEUED, RUNNING, Execution
 from devboxd.executions.views import view_of
 from devboxd.http.once import Once
-from devboxd.http.streams import wait
 from devboxd.ids import new_id
 from devboxd.metrics import counter, gauge
 from devboxd.store.db import Store, StoreError, TakenError
-from devboxd.tasks import Tasks
+from devboxd.store.retry import retry_until_stored
 
 _log = structlog.get_logger()
 _HANDLE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 SETUP = "setup"
 """The purpose of commands that prepare a box as root."""
 KILL_GRACE_S = 5.0
-_STORE_AGAIN_S = 1.0
 _ANSWER_S = 20.0
 """How long an answer waits for a start: the command is kept by then, and told when the agent listens again."""
 _STARTING_S = 0.01
@@ -231,7 +231,7 @@ class Executions:
         own_id = new_id("exe")
         row = Execution(
             own_id, box.id, handle or own_id, purpose, command, shell_name, attach_stdin, RUNNING,
-            None, None, None, None, False, False, 0, False, _now(), None,
+            None, None, None, None, False, False, 0, False, now_ms(), None,
         )  # fmt: skip
         running = Running(row, committed=False)
         self._register(box, running)
@@ -439,12 +439,7 @@ class Executions:
 
     async def _persist(self, change: Callable[[Connection], None]) -> None:
         """Write what must be written; a store that refuses (its disk is full) is tried until it can."""
-        while True:
-            try:
-                return await self._store.write(change, synced=False)
-            except StoreError as full:
-                _log.error("cannot store what an execution does; trying again", error=str(full))
-                await asyncio.sleep(_STORE_AGAIN_S)
+        await retry_until_stored(lambda: self._store.write(change, synced=False), "an execution")
 
     def _ended(self, row: Execution, status: int, error: str | None, event: ExitEvent | None) -> Execution:
         out = self._journals.length(row.devbox_id, row.id, "stdout")
@@ -458,7 +453,7 @@ class Executions:
             stderr_length=min(err, event.stderr_length) if event else err,
             stdout_truncated=event.stdout_truncated if event else False,
             stderr_truncated=event.stderr_truncated if event else False,
-            end_time_ms=_now(),
+            end_time_ms=now_ms(),
         )
 
     # -- named shells --------------------------------------------------------------------------------------------
@@ -592,7 +587,3 @@ def _stalled(box: Box, key: str, number: int) -> None:
         _log.error("a journal cannot be written; its command waits", devbox=box.id, key=key, error=os.strerror(number))
     else:
         _log.info("a journal is written again", devbox=box.id, key=key)
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
 from devboxd.agent.protocol import Scope
-from devboxd.engine.blocking import finished
+from devboxd.concurrency.threads import finished
 from devboxd.executions import store as rows
 from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
 from devboxd.executions.journals import Journals, Spool

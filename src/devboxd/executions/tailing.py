@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from devboxd.concurrency.waits import wait
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.states import TERMINAL
@@ -26,7 +27,7 @@ from devboxd.executions.looking import UNWATCHED_S, Looking
 from devboxd.executions.output import whole_characters
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.executions.watch import Watcher
-from devboxd.http.streams import HEARTBEAT_S, Closing, EndedEarlyError, wait
+from devboxd.http.streams import HEARTBEAT_S, Closing, EndedEarlyError
 
 _PIECE = 16 * 1024
 """Bytes that are read at once, and the longest line that is told in one entry."""

@@ -12,6 +12,7 @@ import structlog
 from sqlalchemy import bindparam, select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from devboxd.concurrency.clock import now_ms
 from devboxd.config import Settings
 from devboxd.errors import ApiError, SetupError, bad_request
 from devboxd.http.answer import Answer, of_error
@@ -82,7 +83,7 @@ async def authenticate(store: Store, scope: Scope) -> None:
         raise ApiError(401, "cannot let you in: authentication needs a key; send `Authorization: Bearer ak_...`")
     digest = hash_key(secret.strip())
     account, expires, key = await store.read(lambda c: _find_key.one(c, {"hash": digest})) or ("", None, "")
-    if not account or (expires is not None and expires <= time.time_ns() // 1_000_000):
+    if not account or (expires is not None and expires <= now_ms()):
         raise ApiError(
             401, "cannot let you in: this key is invalid, revoked or expired; `devboxd keys create` makes one"
         )

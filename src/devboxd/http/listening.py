@@ -19,10 +19,10 @@ from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
 from starlette.types import ASGIApp
 
+from devboxd.concurrency.tasks import Tasks
 from devboxd.errors import SetupError
 from devboxd.http.crowd import Crowd
 from devboxd.http.guard import bracketed
-from devboxd.tasks import Tasks
 
 _BACKLOG = 2048
 _BACKPRESSURE = 4096

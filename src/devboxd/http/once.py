@@ -16,12 +16,13 @@ from sqlalchemy.dialects.sqlite import insert
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
+from devboxd.concurrency.clock import now_ms
+from devboxd.concurrency.tasks import Tasks
 from devboxd.errors import ApiError, conflict, timed_out
 from devboxd.http.answer import JSON, Answer, of_error
 from devboxd.store.db import Store
 from devboxd.store.schema import requests
 from devboxd.store.statement import Statement
-from devboxd.tasks import Tasks
 
 T = TypeVar("T")
 KEPT_SECONDS = 24 * 3600
@@ -121,7 +122,7 @@ class Row(NamedTuple):
 
     def put(self, connection: Connection, key: str) -> None:
         """Write it."""
-        _put.run(connection, {"key": key, "create_time_ms": _now_ms(), **self._asdict()})
+        _put.run(connection, {"key": key, "create_time_ms": now_ms(), **self._asdict()})
 
 
 class Once:
@@ -311,7 +312,7 @@ class Desk:
             self._own(self._background.start(self._sweep(), "sweep of old answers"))
 
     async def _sweep(self) -> None:
-        before = _now_ms() - KEPT_SECONDS * 1000
+        before = now_ms() - KEPT_SECONDS * 1000
         try:
             while await self._store.write(lambda c: c.execute(_sweep, {"before": before}).rowcount) == _SWEEP_ROWS:
                 pass
@@ -354,7 +355,3 @@ def _stopping() -> ApiError:
     return ApiError(
         503, "cannot finish the request: the server is stopping; ask again", retry=True, retry_after=STOPPING_S
     )
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

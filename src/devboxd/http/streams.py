@@ -52,16 +52,6 @@ class EndedEarlyError(Exception):
     """A stream that ends for another reason than its completion; the client is told to open it again."""
 
 
-async def wait(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until `event` is set, at most `seconds`; whether it was."""
-    try:
-        async with asyncio.timeout(max(0.0, seconds)):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
 class Places:
     """Bounds how many answers and uploads that take their time have files open, so that none are left for others."""
 

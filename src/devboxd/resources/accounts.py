@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 import structlog
 from sqlalchemy import Connection, bindparam, insert, select, update
 
+from devboxd.concurrency.clock import now_ms
 from devboxd.errors import not_found
 from devboxd.http.guard import hash_key
 from devboxd.http.operation import Call
@@ -103,7 +103,7 @@ async def revoke_key(store: Store, key_id: str) -> None:
     def revoke(connection: Connection) -> None:
         if connection.execute(_known_key, {"key_id": key_id}).first() is None:
             raise not_found(f"cannot revoke {key_id}: there is no such key; `devboxd keys list` shows them")
-        connection.execute(_revoke, {"key_id": key_id, "now": _now_ms()})
+        connection.execute(_revoke, {"key_id": key_id, "now": now_ms()})
 
     await store.write(revoke)
 
@@ -149,7 +149,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _add_key(connection: Connection, secret: str, name: str) -> None:
-    now = _now_ms()
+    now = now_ms()
     if (account_id := connection.execute(_first_account).scalar()) is None:
         account_id = new_id("acc")
         connection.execute(_insert_account, {"id": account_id, "name": "default", "create_time_ms": now})
@@ -161,7 +161,3 @@ def _add_key(connection: Connection, secret: str, name: str) -> None:
 
 def _new_secret() -> str:
     return "ak_" + secrets.token_urlsafe(32)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from devboxd.http.streams import wait
+from devboxd.concurrency.waits import wait
 
 
 class Clock:

@@ -1,0 +1,1 @@
+"""What every part that does several things at once stands on: owned tasks, threads, waits, the clock."""
