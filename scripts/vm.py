@@ -24,7 +24,6 @@ from pathlib import Path
 import vm_image
 
 BOOT_S = 300.0
-_MEMORY_MIB = 4096
 _OVERLAY = 64 << 30
 """How far the file of what a machine changed may grow; its holes take no room."""
 _APPEND = "root=/dev/vda rw console=ttyS0 panic=1 mitigations=off systemd.show_status=0"
@@ -34,8 +33,6 @@ _SSH = (
     *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
     *("-o", "BatchMode=yes", "-o", "ConnectTimeout=60", "-o", "ServerAliveInterval=60", "-o", "ControlMaster=auto"),
 )
-_NO_CONNECTION = 255
-"""The exit code of ssh itself."""
 
 
 class MachineError(Exception):
@@ -54,9 +51,16 @@ def accelerator() -> str:
 class Machine:
     """A machine with Debian `release`; all that it changes lies in `folder` and is kept until `discard`."""
 
-    def __init__(self, release: str) -> None:
+    def __init__(self, release: str, processors: int = 2, memory_mib: int = 4096) -> None:
         self.release = release
+        self._processors = processors
+        self._memory_mib = memory_mib
         self.folder = vm_image.cache() / f"run-{release}"
+
+    @property
+    def _port(self) -> int:
+        """Where its sshd is reached."""
+        return int((self.folder / "port").read_text())
 
     @property
     def console(self) -> Path:
@@ -78,26 +82,16 @@ class Machine:
     def power_on(self) -> float:
         """Switch it on; the seconds until it could be logged into."""
         self._start("nbdkit", "-U", "nbd", "-P", "nbdkit.pid", "--filter=cache", "file", "disk", "cache=writeback")
-        port = (self.folder / "port").read_text()
         self._start(
-            *(
-                "qemu-system-x86_64",
-                "-accel",
-                accelerator(),
-                "-cpu",
-                _PROCESSOR[accelerator()],
-                "-smp",
-                "2",
-                "-m",
-                str(_MEMORY_MIB),
-            ),
+            *("qemu-system-x86_64", "-accel", accelerator(), "-cpu", _PROCESSOR[accelerator()]),
+            *("-smp", str(self._processors), "-m", str(self._memory_mib)),
             *("-nodefaults", "-no-user-config", "-display", "none", "-daemonize", "-pidfile", "qemu.pid"),
             *("-chardev", "file,id=console,path=console,append=on", "-serial", "chardev:console"),
             *("-kernel", "image/vmlinuz", "-initrd", "image/initrd.img", "-append", _APPEND),
             *("-blockdev", "driver=nbd,node-name=wire,server.type=unix,server.path=nbd"),
             *("-blockdev", "driver=qcow2,node-name=disk,file=wire"),
             *("-device", "virtio-blk-pci,drive=disk", "-device", "virtio-rng-pci"),
-            *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22", "-device", "virtio-net-pci,netdev=net"),
+            *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{self._port}-:22", "-device", "virtio-net-pci,netdev=net"),
         )
         return self.reached()
 
@@ -107,16 +101,22 @@ class Machine:
         while time.monotonic() - begun < seconds:
             if self._pid("qemu") is None:
                 raise MachineError(f"the machine stopped while it booted:\n{self.tail()}")
-            done = self.run("cat /proc/sys/kernel/random/boot_id", 30)
-            if done.returncode == 0 and done.stdout.decode().strip() != other_than:
+            done = self.run("cat /proc/sys/kernel/random/boot_id", 30) if self._greets() else None
+            if done and done.returncode == 0 and done.stdout.decode().strip() != other_than:
                 return time.monotonic() - begun
             time.sleep(0.5)
         raise MachineError(f"the machine did not boot within {seconds:.0f} s:\n{self.tail()}")
 
+    def _greets(self) -> bool:
+        """Whether its sshd answers: qemu takes each connection, and ssh would wait for one that the machine lost."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 2) as probe:
+            return probe.recv(4) == b"SSH-"
+        return False
+
     def login(self, command: str) -> list[str]:
         """The words of a program that runs this command of the machine's shell; to be started in `folder`."""
         options = [*_SSH, "-i", "image/key", "-o", "ControlPath=ssh", "-o", "ControlPersist=60"]
-        return ["ssh", *options, "-p", (self.folder / "port").read_text(), "root@127.0.0.1", command]
+        return ["ssh", *options, "-p", str(self._port), "root@127.0.0.1", command]
 
     def run(
         self, command: str, seconds: float = 600, stdin: bytes = b"", *, show: bool = False
@@ -143,9 +143,8 @@ class Machine:
         return done.stdout.decode(errors="replace")
 
     def bring(self) -> None:
-        """Put this checkout as it is now into the machine."""
-        place = vm_image.CHECKOUT
-        self.check(f"tar -x --no-same-owner -C {place} && cd {place} && scripts/setup base", 300, vm_image.checkout())
+        """Put this checkout as it is now, with its built agent, into the machine, which has all that it needs."""
+        self.check(f"tar -x --no-same-owner -C {vm_image.CHECKOUT}", 300, vm_image.checkout())
 
     def fetch(self, path: str, target: Path) -> None:
         """Copy a file or folder of the machine below the folder `target`."""

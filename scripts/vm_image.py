@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,10 +71,11 @@ def cache() -> Path:
 def image(release: str) -> Image:
     """The image of Debian `release` ("12" or "13"); makes it, which takes minutes, when its recipe changed."""
     folder = cache() / f"{release}-{_digest(release)}"
-    with _lock(cache()):
-        if not folder.is_dir():
-            _check_tools()
-            _make(folder, release, _base(release))
+    if not folder.is_dir():
+        with _lock(cache()):
+            if not folder.is_dir():
+                _check_tools()
+                _make(folder, release, _base(release))
     return Image(folder / "disk", folder / "vmlinuz", folder / "initrd.img", folder / "key")
 
 
@@ -92,7 +94,8 @@ def checkout() -> bytes:
 def _digest(release: str) -> str:
     """Of all that set-up makes a machine from; the rest of the checkout is brought to each machine anew."""
     parts = [_base_name(release), repr(_FILES), _SET_UP, recipe.digest(Settings())]
-    parts += [(ROOT / name).read_text() for name in ("scripts/setup", "pyproject.toml")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    parts += [repr(project["build-system"]), repr(project["project"]), (ROOT / "scripts/setup").read_text()]
     return _hash(parts)
 
 

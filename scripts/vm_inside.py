@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,12 +30,19 @@ PROGRAM = ROOT / ".venv" / "bin" / "devboxd"
 KEPT = Path("/root/kept.json")
 """Which devbox is followed."""
 _BOXES = 3
+_FILES = ("sync", "lazy")
+"""Kinds of files: synced by the program that wrote them, or not."""
 _WRITE = (
     "import os,sys; f=os.open(sys.argv[1], os.O_CREAT|os.O_WRONLY); os.write(f, sys.argv[2].encode()*20000)\n"
     "if sys.argv[3] == 'sync': os.fsync(f); d=os.open(os.path.dirname(sys.argv[1]), 0); os.fsync(d)\n"
     "print(sys.argv[2])"
 )
-_READ = "import sys; t=open(sys.argv[1]).read(); sys.exit(t != sys.argv[2]*20000)"
+_READ = (
+    "import os,sys\n"
+    "for name, text in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+    "  if os.path.exists(name) and open(name).read() == text*20000: print(name)"
+)
+"""Names those of the files that are whole."""
 _SEEN = {
     "nproc": "nproc",
     "nproc --all": "nproc --all",
@@ -75,7 +83,7 @@ def load() -> None:
             how = ("", "conv=fsync", "oflag=dsync")[len(boxes) % 3]
             client.start(boxes[-1], f"while :; do dd if=/dev/urandom of=~/noise bs=1M count=20 {how}; done 2>/dev/null")
         box = boxes[number % _BOXES % len(boxes)]
-        for how in ("sync", "lazy"):
+        for how in _FILES:
             command = f"python3 -c '{_WRITE.replace(chr(39), chr(34))}' ~/{how}{number} {number}- {how}"
             view = client.run(box, command, 300)
             assert view["stdout"] == f"{number}-\n", view
@@ -98,12 +106,16 @@ def load() -> None:
 def compare(facts: list[Fact]) -> Fact:
     """What of the facts holds no more, and of what was not promised how much does."""
     client = api()
-    lost = [fact for fact in facts if not _holds(client, fact, facts) and fact["kind"] not in ("lazy", "execution")]
-    found: Counter[str] = Counter()
-    for fact in facts:
-        found[f"{fact['kind']}s told"] += 1
-        if fact["kind"] in ("lazy", "execution"):
-            found[f"{fact['kind']}s there"] += _holds(client, fact, facts)
+    lost, found = [], Counter(f"{fact['kind']}s told" for fact in facts)
+    for fact in (fact for fact in facts if fact["kind"] not in _FILES and not _holds(client, fact, facts)):
+        if fact["kind"] == "execution":
+            found["executions gone"] += 1
+        else:
+            lost.append(fact)
+    for box in (fact["id"] for fact in facts if fact["kind"] == "devbox"):
+        gone = _gone(client, box, _files(facts, box))
+        lost += [fact for fact in gone if fact["kind"] == "sync"]
+        found["lazys gone"] += sum(fact["kind"] == "lazy" for fact in gone)
     return {"lost": lost, **found}
 
 
@@ -117,8 +129,6 @@ def _holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
             return int(client.box(fact["box"])["metadata"]["n"]) >= fact["n"]
         case "key":
             return api(fact["key"]).http.get("/v1/devboxes").status_code == 200
-        case "sync" | "lazy":
-            return _has(client, fact["box"], fact["kind"], fact["n"])
         case "execution":
             answer = client.http.get(f"/v1/devboxes/{fact['box']}/executions/{fact['id']}")
             return answer.status_code == 200 and answer.json()["stdout"] == fact["stdout"]
@@ -140,8 +150,17 @@ def _resumed(client: Api, box: str) -> bool:
     return any("host was restarted" in (step.get("failure_reason") or "") for step in view["state_transitions"])
 
 
-def _has(client: Api, box: str, how: str, number: int) -> bool:
-    return bool(client.run(box, f"python3 -c '{_READ}' ~/{how}{number} {number}-", 300)["exit_status"] == 0)
+def _files(facts: list[Fact], box: str, until: float = math.inf) -> list[Fact]:
+    """The files of a devbox up to this number."""
+    return [fact for fact in facts if fact["kind"] in _FILES and fact["box"] == box and fact["n"] <= until]
+
+
+def _gone(client: Api, box: str, files: list[Fact]) -> list[Fact]:
+    """Those that are not as they were written, of a devbox or one from its snapshot."""
+    named = {f"{fact['kind']}{fact['n']}": fact for fact in files}
+    words = " ".join(f"{name} {fact['n']}-" for name, fact in named.items())
+    whole = client.output(box, f"cd && python3 -c '{_READ}' {words}", seconds=300).split()
+    return [fact for name, fact in named.items() if name not in whole]
 
 
 def _snapshot_holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
@@ -153,10 +172,9 @@ def _snapshot_holds(client: Api, fact: Fact, facts: list[Fact]) -> bool:
         print(done.stdout, done.stderr, file=sys.stderr)
         return False
     box = client.create(snapshot_id=fact["id"])
-    earlier = [one for one in facts if one["kind"] in ("sync", "lazy") and one["box"] == fact["box"]]
-    whole = all(_has(client, box, one["kind"], one["n"]) for one in earlier if one["n"] <= fact["n"])
+    gone = _gone(client, box, _files(facts, fact["box"], fact["n"]))
     client.shutdown(box)
-    return whole
+    return not gone
 
 
 def sizes() -> None:

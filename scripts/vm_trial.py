@@ -1,7 +1,7 @@
-"""Try devboxd in whole machines with Debian 13 and 12, as users have them, for at most half an hour.
+"""Try devboxd in whole machines with Debian 13 and 12 side by side, as users have them, for at most half an hour.
 
 Cgroups version 2 by a real kernel, the unit under systemd, a reboot, and a power failure under load. Exit status 0:
-every trial passed; 1: one failed, or there was no time for it. The last line of each is what SPECIFICATION.md shows.
+every trial passed; 1: one failed, or there was no time for it. What is printed of each is what SPECIFICATION.md shows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WHOLE_S = 1800.0
 LOAD_S = 120.0
 _TRANSLATED = 5
 """So many times slower is a machine whose processor qemu translates, at least."""
-_HERE = f"cd {vm_image.CHECKOUT} && "
-_INSIDE = f"{_HERE}.venv/bin/python scripts/vm_inside.py"
+HERE = f"cd {vm_image.CHECKOUT} && "
+_INSIDE = f"{HERE}.venv/bin/python scripts/vm_inside.py"
 _UNIT = "/etc/systemd/system/devboxd.service"
-_SERVE = f"""\
-{_HERE}set -e
+SERVE = f"""\
+{HERE}set -e
 .venv/bin/devboxd systemd-unit >{_UNIT}
 mkdir -p {_UNIT}.d /var/log/journal
 printf '[Service]\\nEnvironment=DEVBOXD_POOL_SIZE=2\\nWatchdogSec=15\\n' >{_UNIT}.d/trial.conf
@@ -55,12 +55,8 @@ TESTS = (
     "engine/test_walls.py",
 )
 
-
-BRIEF = ("doctor", "demo", "unit", "reboot", "power", "kernel_log")
-WHOLE = ("doctor", "demo", "unit", "sizes", "watchdog", "reboot", "reboot_alone", "power", "kernel_log", "tests")
-"""The trials of a release, in the order of their worth: the time may be over before the last one ends."""
-PLAN = {"13": (WHOLE, 0.68), "12": (BRIEF, 0.32)}
-"""What is tried with each release, and its share of the time."""
+TRIALS = ("doctor", "demo", "unit", "sizes", "reboot", "power", "kernel_log", "watchdog", "reboot_alone", "tests")
+"""In the order of their worth: the time may be over before the last one ends."""
 _FAULTS = re.compile(
     r".*(?:I/O error|(?:EXT4-fs|BTRFS)[^:]*(?:error|warning|critical)|WARNING:|BUG:|Oops|blocked for more than).*"
 )
@@ -70,11 +66,11 @@ _FAULTS = re.compile(
 class Trials:
     """The trials of one machine, and how they went."""
 
-    def __init__(self, machine: Machine, names: tuple[str, ...], until: float) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._names = names
-        self._until = until
+        self._until = time.monotonic() + WHOLE_S
         self.failed = 0
+        self._took: dict[str, float] = {}
 
     def left(self, most: float) -> float:
         """Seconds for the next step, at most so many."""
@@ -83,15 +79,16 @@ class Trials:
     def all(self) -> None:
         """One after the other; none keeps the next one from running."""
         self.machine.make()
-        seconds = self.machine.power_on()
-        print(f"Debian {self.machine.release} ({accelerator()}): booted in {seconds:.0f} s", flush=True)
+        self._took["boot"] = self.machine.power_on()
+        self._tell(f"booted in {self._took['boot']:.0f} s by {accelerator()}")
         self.machine.bring()
-        for name in self._names:
-            self._try(getattr(self, name))
+        for name in TRIALS:
+            self._try(name.replace("_", " "), getattr(self, name))
+        took = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self._took.items())
+        self._tell(f"{sum(self._took.values()):.0f} s in all: {took}; {self.failed} failed")
 
-    def _try(self, step: Callable[[], str]) -> None:
+    def _try(self, name: str, step: Callable[[], str]) -> None:
         begun = time.monotonic()
-        name = f"Debian {self.machine.release}, {step.__name__.replace('_', ' ')}"
         try:
             if self._until - begun < 10:
                 raise MachineError("there was no time left for it")
@@ -99,25 +96,29 @@ class Trials:
         except (MachineError, subprocess.SubprocessError, AssertionError) as error:
             said, verdict = str(error), "FAILED"
             self.failed += 1
-        print(f"{name}: {verdict} in {time.monotonic() - begun:.0f} s: {said}", flush=True)
+        self._took[name] = time.monotonic() - begun
+        self._tell(f"{name}: {verdict} in {self._took[name]:.0f} s: {said}")
+
+    def _tell(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} Debian {self.machine.release}, {text}", flush=True)
 
     # -- as it is ------------------------------------------------------------------------------------------------
 
     def doctor(self) -> str:
         """The machine has all that the server promises with."""
-        return self.machine.check(f"{_HERE}.venv/bin/devboxd doctor", self.left(120)).strip().splitlines()[-1]
+        return self.machine.check(f"{HERE}.venv/bin/devboxd doctor", self.left(120)).strip().splitlines()[-1]
 
     def demo(self) -> str:
         """What `make demo` shows."""
-        return self.machine.check(f"{_HERE}.venv/bin/python scripts/demo.py", self.left(240)).strip().splitlines()[-1]
+        return self.machine.check(f"{HERE}.venv/bin/python scripts/demo.py", self.left(240)).strip().splitlines()[-1]
 
     def tests(self) -> str:
         """Limits, memory, forks, pressure, freezing, disks, suspend and escape under version 2."""
-        seconds = self.left(600)
+        seconds = self.left(WHOLE_S)
         names = " ".join(f"tests/{name}" for name in TESTS)
         patience = f"systemd-run --quiet --scope timeout -s INT -k 20 {seconds - 40:.0f}"  # what failed so far is told
         command = f"{patience} .venv/bin/pytest -v --tb=short -o timeout=300 -o cache_dir=/tmp/cache {names}"
-        done = self.machine.run(_HERE + command, seconds)
+        done = self.machine.run(HERE + command, seconds)
         said = done.stdout.decode(errors="replace")
         (self.machine.folder.parent / f"tests-{self.machine.release}.log").write_text(said)
         last = said.strip().splitlines()[-1] if said.strip() else "nothing was said"
@@ -133,7 +134,7 @@ class Trials:
 
     def unit(self) -> str:
         """It starts, and a devbox goes on over its restart and its stop."""
-        self.machine.check(_SERVE, self.left(300))
+        self.machine.check(SERVE, self.left(300))
         self.machine.check(f"{_INSIDE} begin", self.left(200))
         for act in ("systemctl restart devboxd", "systemctl stop devboxd && sleep 1 && systemctl start devboxd"):
             self.machine.check(act, self.left(120))
@@ -219,26 +220,30 @@ class Trials:
 
 
 def main() -> int:
-    """Run all; the exit status."""
-    releases = sys.argv[1:] or list(PLAN)
+    """Try all releases, or those that are named; the exit status."""
+    releases = sys.argv[1:] or list(vm_image.SUITES)
     for release in releases:
         vm_image.image(release)  # making it does not count
-    until, failed = time.monotonic(), 0
-    for release in releases:
-        names, share = PLAN[release]
-        until += WHOLE_S * (share if len(releases) > 1 else 1)
-        machine = Machine(release)
-        trials = Trials(machine, names, until)
-        try:
-            trials.all()
-        except MachineError as error:
-            print(f"Debian {release}: FAILED: {error}")
-            trials.failed += 1
-        finally:
-            machine.discard()
-        failed += trials.failed
-    print(f"{time.strftime('%Y-%m-%d')}: {'all passed' if not failed else f'{failed} failed'}")
-    return 1 if failed else 0
+    if len(releases) == 1:
+        return 1 if _tried(releases[0]) else 0
+    running = [subprocess.Popen([sys.executable, __file__, release]) for release in releases]
+    failed = [process.wait() for process in running]
+    print(f"{time.strftime('%Y-%m-%d')}: {'something failed' if any(failed) else 'all passed'}")
+    return 1 if any(failed) else 0
+
+
+def _tried(release: str) -> int:
+    """How many trials failed."""
+    machine = Machine(release)
+    trials = Trials(machine)
+    try:
+        trials.all()
+    except MachineError as error:
+        print(f"Debian {release}: FAILED: {error}", flush=True)
+        trials.failed += 1
+    finally:
+        machine.discard()
+    return trials.failed
 
 
 if __name__ == "__main__":
