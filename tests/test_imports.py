@@ -19,6 +19,7 @@ BASE = {
     "engine",
     "store",
     "errors",
+    "path",
     "ids",
     "config",
     "systemd",

@@ -38,6 +38,7 @@ from devboxd.engine.images import Images
 from devboxd.engine.instance import InUse, hold
 from devboxd.engine.pool import Pool
 from devboxd.errors import SetupError
+from devboxd.path_errors import AS_ROOT, explained, not_made, reason, shown
 from devboxd.store import db
 from devboxd.store.db import FILE_NAME, Store
 
@@ -108,7 +109,7 @@ async def backup(settings: Settings, target: Path, secrets: Path | None, tell: T
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
         if isinstance(error, (OSError, sqlite3.Error, EngineError)):
-            raise SetupError(f"cannot write the backup {target}: {error}") from error
+            raise SetupError(f"cannot write the backup {target}: {explained(error)}") from error
         raise
 
 
@@ -213,7 +214,7 @@ async def restore(settings: Settings, source: Path, secrets: Path | None, tell: 
             os.sync()
             (state / _MARK).unlink()
     except (OSError, sqlite3.Error) as error:
-        raise SetupError(f"cannot restore into {state}: {error}; mend that, and run this again") from error
+        raise SetupError(f"cannot restore into {state}: {reason(error)}; mend that, and run this again") from error
     tell(1.0, "done")
     return {name: why for name, why in (contents.left_out | lost).items() if why != DELETED}
 
@@ -267,7 +268,9 @@ def _contents(source: Path) -> Contents:
             f"cannot restore {source}: it has no {_LIST}, so it is no backup, or one that was cut"
         ) from error
     except (OSError, msgspec.DecodeError) as error:
-        raise SetupError(f"cannot restore {source}: its {_LIST} cannot be read: {error}") from error
+        raise SetupError(
+            f"cannot restore {source}: its {_LIST} cannot be read: {reason(error)}; use another backup"
+        ) from error
     if contents.format != _FORMAT:
         raise SetupError(
             f"cannot restore {source}: devboxd {contents.devboxd} wrote it; use that version or a newer one"
@@ -294,7 +297,7 @@ def _clear(state: Path, pool: Pool) -> None:
 
 def _check_may(folder: Path, verb: str) -> None:
     if os.geteuid() != 0:
-        raise SetupError(f"cannot {verb} {folder}: disks belong to root; run this as root")
+        raise SetupError(f"cannot {verb} {folder}: disks belong to root; {AS_ROOT}")
     if not folder.is_dir():
         raise SetupError(f"cannot {verb} {folder}: there is no such folder; check the path")
 
@@ -311,7 +314,9 @@ def _make_empty(folder: Path, but: Iterable[str] = (), outside: Path | None = No
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise SetupError(f"cannot use the folder {folder}: {error}") from error
+        raise SetupError(
+            f"cannot use the folder {shown(folder)}: {not_made(folder, error)}; name another one"
+        ) from error
     if names - set(but) and not names & {_MARK} & set(but):
         raise SetupError(f"cannot use the folder {folder}: it is not empty; name another one")
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from devboxd import path_errors
 from devboxd.errors import SetupError
+from devboxd.path_errors import explained, shown
 
 DEFAULT_FILE = Path("/etc/devboxd/devboxd.toml")
 PREFIX = "DEVBOXD_"
@@ -97,18 +99,11 @@ def _from_file(file: Path | None, environ: Mapping[str, str]) -> dict[str, Any]:
     path = file or Path(named or DEFAULT_FILE)
     try:
         found = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        if not (file or named):
-            return {}
-        raise SetupError(
-            f"cannot read the settings in {path}: there is no such file; name another or leave it out"
-        ) from error
-    except PermissionError as error:
-        raise SetupError(
-            f"cannot read the settings in {path}: permission denied; use sudo, or name another file with --config"
-        ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SetupError(f"cannot read the settings in {path}: {error}; correct the file") from error
+        if isinstance(error, FileNotFoundError) and not (file or named):
+            return {}
+        cure = "; correct the file" if isinstance(error, tomllib.TOMLDecodeError) else ""
+        raise SetupError(f"cannot read the settings in {shown(path)}: {explained(error)}{cure}") from error
     for key in found.keys() - _FIELDS.keys():
         raise SetupError(f"cannot use {key!r} in {path}: there is no such setting{_nearest(key, _FIELDS)}")
     return {key: _fitting(key, value, f"{key!r} in {path}") for key, value in found.items()}
@@ -143,10 +138,13 @@ def _fitting(key: str, value: Any, source: str) -> Any:
     if value == "" and _FIELDS[key].default is None:
         return None
     try:
-        return msgspec.convert(None if value == "" else value, kind, strict=False, dec_hook=_decode)
+        found = msgspec.convert(None if value == "" else value, kind, strict=False, dec_hook=_decode)
     except msgspec.ValidationError as error:
         shown = f" {str(value)[:40]!r}" if isinstance(value, (str, int, float)) else ""
         raise SetupError(f"cannot use the value{shown} of {source}: give {_wanted(kind)}") from error
+    if isinstance(found, Path):
+        path_errors.check(found, "folder", source)
+    return found
 
 
 def _wanted(kind: Any) -> str:

@@ -53,16 +53,18 @@ class Check:
     cure: str = ""
 
     def __str__(self) -> str:
+        if self.found.startswith("cannot "):  # it is a whole sentence, with what helps
+            return self.found
         return f"cannot serve: {self.name}: {self.found}; {self.consequence}. What helps: {self.cure}"
 
 
 def checks(settings: Settings) -> list[Check]:
     """Everything, in the order in which a person should read it."""
     root = os.geteuid() == 0
-    found = [_root(root), *_tools(settings), _image(settings), *_settings(settings), _seccomp(settings)]
-    space = _space(settings)
-    found += [_cgroups(), _namespaces(root), _state(settings), space]
-    if root and space.level != "error":  # on a full disk nothing can be tried
+    found = [_root(root), *_tools(settings), *_image(settings), *_settings(settings), _seccomp(settings)]
+    state, space = _state(settings), _space(settings)
+    found += [_cgroups(), _namespaces(root), state, *([space] if state.level != "error" else [])]
+    if root and "error" not in (state.level, space.level):  # on a full disk nothing can be tried
         found += [_disks(settings), _storage(settings), _append_only(settings)]
     if root:
         found.append(_nftables())
@@ -132,7 +134,6 @@ def _root(root: bool) -> Check:
 
 def _tools(settings: Settings) -> Iterator[Check]:
     """Programs that the engine starts."""
-    name = Path(settings.runtime).name
     version = probes.version_of(settings.runtime)
     if version is None:
         yield Check(
@@ -140,7 +141,7 @@ def _tools(settings: Settings) -> Iterator[Check]:
             "error",
             f"{settings.runtime} is missing",
             "nothing can start a box",
-            f"apt-get install {name}, dnf install {name}, or set runtime to crun or runc with its path",
+            "install crun (apt-get, dnf), or set runtime to crun or runc, or to the path of one",
         )
     else:
         yield Check("OCI runtime", "ok", version, "it does all isolation of boxes")
@@ -153,32 +154,22 @@ def _tools(settings: Settings) -> Iterator[Check]:
             yield Check(tool, "error", "missing", purpose, f"install the package {package}")
 
 
-def _image(settings: Settings) -> Check:
+def _image(settings: Settings) -> list[Check]:
     name = "Default image"
     try:
         image = Images(settings).default()
-    except SetupError as error:
-        return Check(name, "error", str(error), "it cannot be named", "correct the setting")
+    except SetupError:
+        return []  # told among the settings
     except PermissionError:
-        return Check(name, "warning", "not checked without root", "boxes start from it", "run doctor with sudo")
+        return [Check(name, "warning", "not checked without root", "boxes start from it", "run doctor with sudo")]
     if image is not None:
-        return Check(name, "ok", f"built, {image.name}", "boxes start at once")
-    missing = [tool for tool in ("mmdebstrap", "setpriv", "tar") if which(tool) is None]
-    if missing:
-        return Check(
-            name,
-            "error",
-            f"not built, and {', '.join(missing)} is missing",
-            "boxes have nothing to start from",
-            "apt-get install mmdebstrap debian-archive-keyring util-linux tar",
-        )
-    return Check(
-        name,
-        "warning",
-        "not built yet",
-        "the first start of serve builds it, which takes a minute or two and needs a mirror of Debian",
-        "build it now: devboxd image build",
-    )
+        return [Check(name, "ok", f"built, {image.name}", "boxes start at once")]
+    if missing := [tool for tool in ("mmdebstrap", "setpriv", "tar") if which(tool) is None]:
+        cure = "apt-get install mmdebstrap debian-archive-keyring util-linux tar"
+        found = f"not built, and {', '.join(missing)} is missing"
+        return [Check(name, "error", found, "boxes have nothing to start from", cure)]
+    consequence = "the first start of serve builds it, which takes a minute or two and needs a mirror of Debian"
+    return [Check(name, "warning", "not built yet", consequence, "build it now: devboxd image build")]
 
 
 def _settings(settings: Settings) -> Iterator[Check]:
@@ -275,6 +266,8 @@ def _state(settings: Settings) -> Check:
     cure = "name a folder on a local disk (ext4, xfs, btrfs) with --state or DEVBOXD_STATE"
     if kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse"):
         return Check(name, "error", found, "locks, ids and the promise that nothing is lost do not hold there", cure)
+    if not shutil.disk_usage(probes.existing(settings.state)).total:
+        return Check(name, "error", found, "no files can be made there", cure)
     if kind == "overlay":
         return Check(name, "error", found, "disks of boxes cannot lie on an overlay, as inside another container", cure)
     if kind in ("tmpfs", "ramfs"):

@@ -22,6 +22,7 @@ from devboxd.engine import linux, rootfs
 from devboxd.engine.instance import IDS_PER_BOX, Instance
 from devboxd.engine.processes import which
 from devboxd.engine.wall import ruleset
+from devboxd.path_errors import reason
 
 _SECONDS = 30
 _SAMPLE = 200
@@ -111,7 +112,7 @@ def box_root(cache: Path, state: Path) -> str | None:
             thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
             thread.submit(_mount_and_write, Path(layer), disk, place, descriptor).result()
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+        return reason(error)
     return None
 
 
@@ -204,7 +205,7 @@ def _problem(command: list[str], text: str) -> str | None:
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
+        return reason(error)
     said = done.stderr.strip().splitlines()
     return None if done.returncode == 0 else (said[0] if said else f"status {done.returncode}")
 

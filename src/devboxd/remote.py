@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urlsplit
 
 from devboxd.errors import ApiError, SetupError
+from devboxd.path_errors import explained, shown
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _TIMEOUT_SECONDS = 60.0
@@ -59,7 +60,7 @@ class Remote:
             try:
                 key = key_file.read_text().strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise SetupError(f"cannot read the key in {key_file}: {error}") from error
+                raise SetupError(f"cannot read the key in {shown(key_file)}: {explained(error)}") from error
         else:
             key = environ.get("DEVBOXD_KEY") or environ.get("RUNLOOP_API_KEY") or ""
         if not key:

@@ -26,6 +26,7 @@ from devboxd.engine.pool import Kind, Pool, unwritable
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
+from devboxd.path_errors import AS_ROOT
 from devboxd.store.db import FILE_NAME
 
 T = TypeVar("T")
@@ -215,7 +216,7 @@ def _by_engine(settings: Settings, instance: Instance, work: Callable[[OciEngine
 
 def _found(state: Path) -> Pool:
     if os.geteuid() != 0:
-        raise SetupError("cannot look at the storage: its folder is root's; run this as root")
+        raise SetupError(f"cannot look at the storage: its folder is root's; {AS_ROOT}")
     if not (state / "disks").is_dir():
         raise SetupError(f"cannot look at the storage: no server has run with {state}; name its folder with --state")
     return Pool(state.resolve())

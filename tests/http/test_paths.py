@@ -136,6 +136,11 @@ def paths() -> Paths:
         ("/health", "/healthz"),
         ("/doc", "/docs"),
         ("/metric", "/metrics"),
+        ("/v1/accounts", "/v1/accounts/me"),
+        ("/v1/account", "/v1/accounts/me"),
+        ("/v1/boxes", "/v1/devboxes"),
+        ("/v1/secrtes", "/v1/secrets"),
+        ("/v1/repository", "/v1/repositories"),
     ],
 )
 def test_a_path_that_is_not_there_names_the_nearest(paths: Paths, asked: str, near: str) -> None:
@@ -144,7 +149,11 @@ def test_a_path_that_is_not_there_names_the_nearest(paths: Paths, asked: str, ne
     assert f"; {near!r} is meant perhaps, and /docs lists them all" in str(refusal.value)
 
 
-@pytest.mark.parametrize("asked", ["", "/favicon.ico", "/v1", "/v1/", "/x" * 5000, "/v1/" + "x" * 100_000, "/%00/%ff"])
+FAR = ["/v1/users", "/v1/images", "/v1/projects", "/v1/events", "/v1/actions", "/v1/scores", "/v1/devboxes/dbx_1/lsp"]
+ODD = ["", "/favicon.ico", "/v1", "/v1/", "/x" * 5000, "/v1/" + "x" * 100_000, "/%00/%ff"]
+
+
+@pytest.mark.parametrize("asked", [*ODD, *FAR])
 def test_what_is_like_nothing_gets_no_guess(paths: Paths, asked: str) -> None:
     with pytest.raises(Exception, match=r"there is no such path; /docs lists them all$") as refusal:
         paths.find("GET", asked)

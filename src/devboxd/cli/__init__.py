@@ -12,6 +12,7 @@ from devboxd import __version__
 from devboxd.cli import backup, boxes, completion, copying, keys, server, snapshots, storage
 from devboxd.cli.printing import refuse, say
 from devboxd.errors import ApiError, SetupError
+from devboxd.path_errors import explained, shown
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -37,7 +38,7 @@ def main() -> NoReturn:
         sys.exit(141)
     except OSError as error:
         _write_no_more()
-        sys.exit(refuse(f"cannot go on: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+        sys.exit(refuse(f"cannot go on: {f'{shown(error.filename)}: ' if error.filename else ''}{explained(error)}"))
 
 
 def _run() -> None:

@@ -10,10 +10,10 @@ import click
 from devboxd.cli.options import FilePath, config_option, load_settings, state_option
 from devboxd.cli.printing import with_progress
 
-_folder = click.argument("folder", metavar="DIR", type=FilePath())
+_folder = click.argument("folder", metavar="DIR", type=FilePath("folder"))
 _secrets = click.option(
     "--secrets",
-    type=FilePath(),
+    type=FilePath("folder"),
     metavar="DIR",
     help="A folder apart from the backup for what opens other things; left out if not given.",
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import click
 from devboxd.cli.options import as_json_option, config_option, load_settings, state_option
 from devboxd.cli.printing import date, table
 from devboxd.errors import SetupError
+from devboxd.path_errors import AS_ROOT
 
 if TYPE_CHECKING:
     from devboxd.store.db import Store
@@ -82,9 +85,13 @@ def _with_store(config: Path | None, state: Path | None, action: Callable[[Store
 
     logs.configure("auto")
     folder = load_settings(config, state=state).state
-    if os.geteuid() != 0 and not os.access(folder, os.W_OK | os.X_OK):
-        raise SetupError(f"cannot open {folder}: the server's folder is root's; run this as root")
-    if not (folder / FILE_NAME).is_file():
+    try:
+        used = stat.S_ISREG(os.stat(folder / FILE_NAME).st_mode)
+    except OSError as error:
+        used = error.errno == errno.EACCES
+    if used and not os.access(folder, os.W_OK | os.X_OK):
+        raise SetupError(f"cannot open {folder}: permission denied; {AS_ROOT}, or as the owner of the folder")
+    if not used:
         raise SetupError(
             f"cannot use {folder}: no server has used this folder; name the right one with --state, or start the server"
             " first, which makes a key as well"

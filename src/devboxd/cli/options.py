@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from devboxd.errors import SetupError
+from devboxd.path_errors import Wanted, check
 
 if TYPE_CHECKING:
     from devboxd.config import Settings
@@ -22,27 +23,30 @@ _ID = re.compile(r"dbx_\w+")
 
 
 class FilePath(click.Path):
-    """A path that is not empty: an empty one would mean the folder in which the command runs."""
+    """A path of the wanted kind that is not empty: an empty one would mean the folder in which the command runs."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__(path_type=Path, readable=False)  # who may not read it is told so in words of its own
+        self._wanted = wanted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The path. Raises BadParameter."""
+        """The path. Raises BadParameter, and SetupError for one that can never be right."""
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if param is not None:
+            check(Path(value), self._wanted, param.get_error_hint(ctx).strip("'") if ctx else str(param.name))
         return super().convert(value, param, ctx)
 
 
 state_option = click.option(
     "--state",
-    type=FilePath(),
+    type=FilePath("folder"),
     metavar="DIR",
     help="The server's folder; /var/lib/devboxd if not given.",
 )
 config_option = click.option(
     "--config",
-    type=FilePath(),
+    type=FilePath("file"),
     metavar="FILE",
     help="Settings as TOML; /etc/devboxd/devboxd.toml if not given.",
 )
@@ -66,7 +70,7 @@ def server_options(command: Command) -> Command:
     url = click.option("--url", metavar="URL", help="The server; else DEVBOXD_URL or RUNLOOP_BASE_URL.")
     key = click.option(
         "--key-file",
-        type=FilePath(),
+        type=FilePath("file"),
         metavar="FILE",
         help="File with the key; else DEVBOXD_KEY or RUNLOOP_API_KEY.",
     )

@@ -12,6 +12,7 @@ import click
 from devboxd.cli.options import as_json_option, config_option, domains_option, load_settings, state_option
 from devboxd.cli.printing import refuse, with_progress
 from devboxd.errors import SetupError
+from devboxd.path_errors import AS_ROOT
 
 if TYPE_CHECKING:
     from devboxd.config import Settings
@@ -53,8 +54,8 @@ def serve(
     settings = load_settings(config, host=host, port=port, domains=domains or None, state=state)
     if os.geteuid() != 0:
         raise SetupError(
-            "cannot serve: boxes are made of namespaces and mounts, which only root may make; run it as root"
-            " (`devboxd systemd-unit` prints a unit)"
+            "cannot serve: boxes are made of namespaces and mounts, which only root may make; "
+            f"{AS_ROOT} (`devboxd systemd-unit` prints a unit)"
         )
     from devboxd import app, logs
     from devboxd.http.listening import listen
@@ -142,5 +143,5 @@ def image_build(config: Path | None) -> None:
     from devboxd.engine.images import Images
 
     if os.geteuid() != 0:
-        raise SetupError("cannot build the image: only root may make its files; run this as root")
+        raise SetupError(f"cannot build the image: only root may make its files; {AS_ROOT}")
     click.echo(with_progress(Images(load_settings(config)).ensure_default).name)

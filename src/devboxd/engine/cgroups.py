@@ -27,6 +27,7 @@ from devboxd import systemd
 from devboxd.engine import figures, linux
 from devboxd.engine.base import EngineError, Figures, Resources
 from devboxd.errors import SetupError
+from devboxd.path_errors import reason
 
 ROOT = Path("/sys/fs/cgroup")
 _CONTROLLERS = ("cpu", "memory", "pids")
@@ -110,7 +111,7 @@ class Cgroups(ABC):
                 self.crowd(False)
         except OSError as error:
             raise SetupError(
-                f"cannot set up cgroups in {self.tops()[0]}: {error}; be root with {self.root} writable, "
+                f"cannot set up cgroups in {self.tops()[0]}: {reason(error)}; be root with {self.root} writable, "
                 "and inside a container the only process besides its init"
             ) from error
 

@@ -26,6 +26,7 @@ from devboxd.concurrency.threads import finished
 from devboxd.config import Settings
 from devboxd.engine import manifest, recipe
 from devboxd.engine.base import EngineError, Image
+from devboxd.path_errors import reason, shown
 
 Progress = Callable[[float, str], None]
 """Called with the share that is done, 0 to 1, and a few words on what happens now."""
@@ -111,7 +112,7 @@ class Images:
             self._folder.chmod(0o700)
         except OSError as error:
             raise EngineError(
-                f"cannot make {self._folder} for the image: {error}; name another folder as cache"
+                f"cannot make {shown(self._folder)} for the image: {reason(error)}; name another folder as cache"
             ) from error
 
     async def _take_turn(self, descriptor: int, name: str, progress: Progress) -> None:
@@ -139,7 +140,7 @@ class Images:
             folder.rename(self._folder / name)
         except OSError as error:
             raise EngineError(
-                f"cannot build the image in {folder}: {error}; free some space or name another cache"
+                f"cannot build the image in {folder}: {reason(error)}; free some space or name another cache"
             ) from error
         finally:
             await finished(lambda: shutil.rmtree(folder, ignore_errors=True))

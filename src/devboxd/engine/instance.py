@@ -8,6 +8,7 @@ folder and outlives the server; whoever claims next removes those whose folder, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import ipaddress
 import json
@@ -23,6 +24,7 @@ from devboxd.engine import linux
 from devboxd.engine.base import EngineError
 from devboxd.engine.nettools import ip
 from devboxd.errors import SetupError
+from devboxd.path_errors import not_made, reason, shown
 
 RUN = Path("/run/devboxd")
 ETC = Path("/etc")
@@ -128,10 +130,11 @@ def _make_private(folder: Path, mode: int = 0o700) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"it belongs to uid {folder.stat().st_uid}")
+            raise OSError(errno.EPERM, f"it belongs to uid {folder.stat().st_uid}")
         folder.chmod(mode)
     except OSError as error:
-        raise SetupError(f"cannot use the folder {folder}: {error}; be root or name another folder") from error
+        why = not_made(folder, error)
+        raise SetupError(f"cannot use the folder {shown(folder)}: {why}; be root, or name another folder") from error
 
 
 class InUse(SetupError):
@@ -311,7 +314,7 @@ def _register(run: Path, etc: Path) -> None:
             with _account_lock(path):
                 _replace_own_lines(path, lines)
         except OSError as error:
-            raise SetupError(f"cannot register the boxes' ids in {path}: {error}; make it writable") from error
+            raise SetupError(f"cannot register the boxes' ids in {path}: {reason(error)}; make it writable") from error
 
 
 @contextlib.contextmanager

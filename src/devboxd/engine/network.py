@@ -24,6 +24,7 @@ from devboxd.engine.instance import Instance
 from devboxd.engine.netns import inside
 from devboxd.engine.nettools import ip
 from devboxd.errors import SetupError
+from devboxd.path_errors import reason
 
 GATEWAY = "169.254.1.1"
 DENIED = ("169.254.0.0/16", "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32")
@@ -172,7 +173,7 @@ def _forward_packets() -> None:
         if forwarding.read_text().strip() != "1":
             forwarding.write_text("1")
     except OSError as error:
-        raise EngineError(f"cannot let this host forward packets of boxes: {forwarding}: {error}") from error
+        raise EngineError(f"cannot let this host forward packets of boxes: {forwarding}: {reason(error)}") from error
 
 
 def _connect(link: Link, netns: Path, routes: int) -> None:
@@ -212,7 +213,7 @@ def _set(name: str, value: str) -> None:
         (_SYS / name).write_text(value)
     except OSError as error:
         if not (name.startswith("ipv6/") and not (_SYS / "ipv6").exists()):
-            raise EngineError(f"cannot set {_SYS / name} to {value.split()[0]}: {error}") from error
+            raise EngineError(f"cannot set {_SYS / name} to {value.split()[0]}: {reason(error)}") from error
 
 
 def _disconnect(interfaces: Iterable[str]) -> None:

@@ -48,6 +48,7 @@ from devboxd.engine.turns import Turns
 from devboxd.engine.uncounted import Uncounted
 from devboxd.engine.upkeep import Upkeep
 from devboxd.errors import SetupError
+from devboxd.path_errors import reason
 
 _log = structlog.get_logger(__name__)
 
@@ -210,7 +211,7 @@ class OciEngine:
         try:
             found = below(self._pool.folder) | below(self._settings.cache)
         except OSError as error:
-            raise SetupError(f"cannot keep disk_bytes_per_second: {error}; set it to 0") from error
+            raise SetupError(f"cannot keep disk_bytes_per_second: {reason(error)}; set it to 0") from error
         if not found:
             raise SetupError(
                 f"cannot keep disk_bytes_per_second: neither {self._settings.state} nor {self._settings.cache} is on a "

@@ -27,6 +27,7 @@ from devboxd.engine import btrfs, linux, loops, volumes
 from devboxd.engine.processes import which
 from devboxd.engine.reserve import reserve
 from devboxd.errors import SetupError
+from devboxd.path_errors import explained, reason
 
 Kind = Literal["btrfs", "file", "folders"]
 
@@ -58,7 +59,7 @@ def unwritable(state: Path) -> str | None:
     except (FileNotFoundError, PermissionError):
         return None
     except OSError as error:
-        return read_only if error.errno == errno.EROFS else f"the disk of {state} fails: {error.strerror}"
+        return read_only if error.errno == errno.EROFS else f"the disk of {state} fails: {reason(error)}"
     return None
 
 
@@ -209,7 +210,7 @@ class Pool:
                 return f"the pool's file {self.file} was cut short"
             self._read_superblock()
         except OSError as error:
-            return f"the pool of disks cannot be read: {error}"
+            return f"the pool of disks cannot be read: {reason(error)}"
         return None
 
     def _read_superblock(self) -> None:
@@ -241,7 +242,7 @@ class Pool:
             if self.mounted:
                 self._use_all()
         except OSError as error:
-            raise SetupError(f"cannot grow the storage {self.file}: {error}") from error
+            raise SetupError(f"cannot grow the storage {self.file}: {explained(error)}") from error
 
     def let_go(self) -> None:
         """Take away what shows a broken pool, once all boxes have ended. Raises SetupError."""
@@ -338,7 +339,7 @@ class Pool:
                 linux.mount(path, self.folder, "btrfs", _SHIELD | linux.MS_NOATIME, "nodiscard")
         except OSError as error:
             raise (PoolBroken if pinned else SetupError)(
-                f"cannot use the pool of disks {self.file}: {error}; look at the kernel's log, try "
+                f"cannot use the pool of disks {self.file}: {reason(error)}; look at the kernel's log, try "
                 f"`btrfs check {self.file}`; moving the file away gives up suspended boxes and all snapshots"
             ) from error
 

@@ -12,6 +12,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Sequence
 
 from devboxd.engine.base import EngineError
+from devboxd.path_errors import reason
 
 MOST_MEMORY = 1 << 30
 """Bytes of addresses for each program: as much as the smallest box has, for what boxes nest makes programs grow."""
@@ -51,7 +52,7 @@ async def piped(*commands: Sequence[str], what: str) -> bytes:
         found, *said = await asyncio.gather(output.read() if output else _nothing(), *map(_end_of, running))
         await asyncio.gather(*(process.wait() for process in running))
     except OSError as error:
-        raise EngineError(f"cannot {what}: {error}; {', '.join(c[0] for c in commands)} are needed") from error
+        raise EngineError(f"cannot {what}: {reason(error)}; {', '.join(c[0] for c in commands)} are needed") from error
     finally:
         for process in running:
             if process.returncode is None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from devboxd.config import Settings
 from devboxd.errors import SetupError
+from devboxd.path_errors import reason, shown
 
 SUITE = "trixie"
 """The release of Debian in the default image."""
@@ -168,7 +169,8 @@ def certificates(settings: Settings) -> dict[str, bytes]:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise SetupError(f"cannot read the CA certificate {path}: {error}; set ca_certificates") from error
+            why = f"{reason(error)}; correct ca_certificates"
+            raise SetupError(f"cannot read the CA certificate {shown(path)}: {why}") from error
         if b"-----BEGIN CERTIFICATE-----" not in content:
             raise SetupError(
                 f"cannot use {path} as a CA certificate: it is not in PEM form; convert it with openssl x509"

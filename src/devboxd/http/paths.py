@@ -11,8 +11,11 @@ from devboxd.errors import ApiError, not_found
 from devboxd.http.answer import Answer, of_error
 from devboxd.http.binding import Absent, Operation
 
-_ALIKE = 0.6
+_ALIKE = 0.81
 """From this likeness of two words on, one is taken for a misspelling of the other."""
+_PART = 0.8
+"""The likeness of a word with one that begins or ends with it, and of a path with the only one below it."""
+_LEAST_PART = 3
 _VALUE = 0.9
 """The likeness of any word with a name in braces: less than that of the word that stands there itself."""
 _MOST_COMPARED = 200
@@ -106,9 +109,11 @@ class _Node:
         if at == len(words):
             if self.operations:
                 yield 1.0, ""
+            elif len(self.static) == 1:  # no guess among several
+                yield from ((_PART, f"/{name}") for name, node in self.static.items() if node.operations)
             return
         for name, node in self.static.items():
-            if (likeness := _likeness(name, words[at])) >= _ALIKE:
+            if likeness := _likeness(name, words[at]):
                 yield from _below(node, words, at, likeness, name)
         if self.named is not None:
             yield from _below(self.named, words, at, _VALUE, words[at])
@@ -119,8 +124,12 @@ def _below(node: _Node, words: list[str], at: int, likeness: float, name: str) -
 
 
 def _likeness(name: str, word: str) -> float:
-    matcher = SequenceMatcher(None, name, word.lower())
-    return matcher.ratio() if matcher.real_quick_ratio() >= _ALIKE else 0.0
+    word = word.lower()
+    matcher = SequenceMatcher(None, name, word)
+    if matcher.real_quick_ratio() >= _ALIKE and (ratio := matcher.ratio()) >= _ALIKE:
+        return ratio
+    is_part = len(word) >= _LEAST_PART and (name.startswith(word) or name.endswith(word))
+    return _PART if is_part else 0.0
 
 
 def _shown(path: str) -> str:
