@@ -39,6 +39,12 @@ def timed_out(message: str) -> ApiError:
     return ApiError(408, message, retry=True)
 
 
+def refuse_when(what: str, short: str | None) -> None:
+    """Raise 503 when the machine is short of room for what is asked, in these words."""
+    if short is not None:
+        raise ApiError(503, f"cannot {what}: {short}; delete snapshots or devboxes, or add room", retry=True)
+
+
 def comes_later(error: BaseException | None) -> bool:
     """Whether an error says no more than that it is too early: 503."""
     return isinstance(error, ApiError) and error.code == 503

@@ -88,10 +88,20 @@ def small_disk(megabytes: int, make: tuple[str, ...] = ("mkfs.ext4", "-q", "-m",
             yield Disk(folder)
         finally:
             try:
-                subprocess.run(["umount", folder], check=True)
+                _unmount(folder)
             except subprocess.CalledProcessError:
                 subprocess.run(["umount", "--lazy", folder], check=True)  # the test fails, and leaves the machine clean
                 raise
+
+
+def _unmount(folder: Path) -> None:
+    """Once the kernel has let go of the file system in a file on it, of which nothing tells."""
+    latest = time.monotonic() + 30
+    while subprocess.run(["umount", folder], check=False, stderr=subprocess.DEVNULL).returncode:
+        if time.monotonic() > latest:
+            subprocess.run(["umount", folder], check=True)
+            return
+        time.sleep(0.05)
 
 
 def _checked(source: str) -> subprocess.CompletedProcess[bytes]:

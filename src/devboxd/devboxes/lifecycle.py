@@ -38,7 +38,7 @@ from devboxd.devboxes.views import (
 )
 from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import Engine, Figures
-from devboxd.errors import ApiError, bad_request, not_found
+from devboxd.errors import bad_request, not_found, refuse_when
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
 from devboxd.http.streams import Closing
@@ -185,10 +185,9 @@ class Devboxes:
         source = body.snapshot_id or None
         disk = size.disk_bytes
         image = None if source is None else await self._store.read(lambda c: _image_of(c, account, source, disk))
-        if (short := self._engine.short_of()) is not None:
-            raise ApiError(
-                503, f"cannot create a devbox: {short}; delete snapshots or devboxes, or add room", retry=True
-            )
+        refuse_when("create a devbox", self._engine.short_of())
+        if source is not None:
+            refuse_when("create a devbox", await self._engine.short_for(source))
         now = self._changes.clock.now_ms()
         position = new_id("dbx")
         warm_id = None if source is not None else self._warm.take(size)
@@ -322,6 +321,8 @@ class Devboxes:
         if event is Event.KEEP_ALIVE_ASKED:
             self._touch(devbox_id)
         if event is not Event.RESUME_ASKED or not await self._supervisor.thaw(life, once):
+            if event is Event.RESUME_ASKED and life.devbox.status is Status.SUSPENDED:
+                refuse_when("resume the devbox", await self._engine.short_for(devbox_id))
             await self._changes.apply(life, event, once=once)
         return life.devbox
 

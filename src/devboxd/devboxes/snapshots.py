@@ -21,7 +21,7 @@ from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.devboxes.snapshot_store import COMPLETE, DELETED, ERROR, IN_PROGRESS, Snapshot
 from devboxd.devboxes.states import Event
 from devboxd.engine.base import Engine, EngineError
-from devboxd.errors import ApiError, conflict, not_found, timed_out
+from devboxd.errors import ApiError, conflict, not_found, refuse_when, timed_out
 from devboxd.http.once import Once
 from devboxd.http.streams import HELD_S
 from devboxd.ids import check_id, new_id
@@ -69,12 +69,10 @@ class Snapshots:
         """Begin a snapshot of a running devbox; it is committed and `in_progress`. Raises 400 for other states."""
         if once.ref is not None:
             return await self.get(account, once.ref)
-        life = await self._devboxes.life(account, devbox_id, Event.SNAPSHOT_ASKED)
+        await self._devboxes.life(account, devbox_id, Event.SNAPSHOT_ASKED)
+        refuse_when("take a snapshot", self._engine.short_of() or await self._engine.short_for(devbox_id))
+        life = await self._devboxes.life(account, devbox_id, Event.SNAPSHOT_ASKED)  # which may have changed meanwhile
         devbox = life.devbox
-        if (short := self._engine.short_of()) is not None:
-            raise ApiError(
-                503, f"cannot take a snapshot: {short}; delete snapshots or devboxes, or add room", retry=True
-            )
         snapshot = Snapshot(
             new_id("snp"), account, devbox_id, devbox.image, name, message, metadata, IN_PROGRESS, None, None,
             None, now_ms(),

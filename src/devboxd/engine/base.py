@@ -156,6 +156,9 @@ class Engine(Protocol):
     def short_of(self) -> str | None:
         """Why the machine has no room for another box, None when it has."""
 
+    async def short_for(self, name: str) -> str | None:
+        """Why there is no room for a snapshot of a living box, to start a stopped one, or for one from a snapshot."""
+
     async def destroy(self, box_id: str) -> None:
         """Kill everything in the box and free all that it held, its disk too. Unknown boxes are no error."""
 

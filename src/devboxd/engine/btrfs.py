@@ -20,6 +20,17 @@ _PLAIN_ARGS = struct.Struct("=q4088s")
 _SUBVOL_CREATE = _WRITE | _ARGS.size << 16 | _TYPE | 24
 _SNAP_CREATE = _WRITE | _ARGS.size << 16 | _TYPE | 23
 _SNAP_DESTROY = _WRITE | _PLAIN_ARGS.size << 16 | _TYPE | 15
+_INO_LOOKUP = _READ_WRITE | _PLAIN_ARGS.size << 16 | _TYPE | 18
+_SEARCH_KEY = struct.Struct("=7Q4I5Q")
+"""The tree; from and to: objects, offsets, transactions, types; how many are wanted, or were found; bytes for them."""
+_SEARCH = _READ_WRITE | _SEARCH_KEY.size << 16 | _TYPE | 17
+_SEARCH_BYTES, _COUNT = 256 << 10, 64
+_HEADER = struct.Struct("=3Q2I")
+_EXTENT = struct.Struct("<QQBBHB4Q")
+"""Its transaction, bytes in memory, compression and other coding, kind; place and length on the disk, part of it."""
+_ROOT_TREE, _ROOT_ITEM, _EXTENT_DATA, _INLINE = 1, 132, 108, 0
+_LAST_SNAPSHOT = 200
+"""Where a subvolume's item says in which transaction a snapshot was made last, of it or as it."""
 _FS_INFO = 2 << 30 | 1024 << 16 | _TYPE | 31
 _RESIZE = _WRITE | _PLAIN_ARGS.size << 16 | _TYPE | 3
 _READ_ONLY = 2
@@ -94,6 +105,47 @@ def free(root: Path) -> int:
     data = facts / "data"
     taken = ("used", "reserved", "may_use", "pinned", "readonly")
     return unallocated + number(data, "total_bytes") - sum(number(data, f"bytes_{name}") for name in taken)
+
+
+def shared(file: Path) -> int:
+    """Bytes of a file that need room a second time when they are written over. Raises OSError.
+
+    Those that are older than the last snapshot of the subvolume in which it lies, whether that is there still or not:
+    the kernel does not look. What is written while this counts may be counted too.
+    """
+    with opened(file.parent) as folder:
+        tree = bytearray(_PLAIN_ARGS.pack(0, b""))
+        struct.pack_into("=Q", tree, 8, _ROOT_INODE)
+        linux.ioctl(folder, _INO_LOOKUP, tree)
+        (number,) = struct.unpack_from("=Q", tree)
+        (root,) = _items(folder, _ROOT_TREE, number, _ROOT_ITEM)
+        (last,) = struct.unpack_from("<Q", root, _LAST_SNAPSHOT)
+        found = 0
+        for item in _items(folder, number, file.stat().st_ino, _EXTENT_DATA) if last else ():
+            if item[20] != _INLINE:
+                made, *_, place, _, _, length = _EXTENT.unpack_from(item)
+                found += length if place and made <= last else 0
+    return found
+
+
+def _items(descriptor: int, tree: int, number: int, kind: int) -> Iterator[memoryview]:
+    """The items of one kind that an object has in a tree."""
+    start, most = 0, 2**64 - 1
+    while start <= most:
+        buffer = bytearray(_SEARCH_KEY.size + _SEARCH_BYTES)
+        key = (tree, number, number, start, most, 0, most, kind, kind, 2**32 - 1, 0, 0, 0, 0, 0, _SEARCH_BYTES)
+        _SEARCH_KEY.pack_into(buffer, 0, *key)
+        linux.ioctl(descriptor, _SEARCH, buffer)
+        (count,) = struct.unpack_from("=I", buffer, _COUNT)
+        if not count:
+            return
+        content, at = memoryview(buffer), _SEARCH_KEY.size
+        for _ in range(count):
+            _, _, offset, _, length = _HEADER.unpack_from(content, at)
+            at += _HEADER.size
+            yield content[at : at + length]
+            at += length
+        start = offset + 1
 
 
 def _facts(descriptor: int) -> Path:

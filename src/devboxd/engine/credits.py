@@ -7,6 +7,9 @@ keeps the bounds, so they hold while no server runs.
 
 What there is: the room of the pool, and while the disk below has plenty, that too; the pool grows into it ahead of what
 boxes write. With less below, or once the server has ended (`fallback.py`), the room of the pool alone.
+
+No bound stops a disk from writing over what it holds, and where that is older than a snapshot it takes room a second
+time. So the pool itself has room for all of that, or there is no snapshot, and nothing begins from one.
 """
 
 from __future__ import annotations
@@ -16,22 +19,25 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devboxd.engine import btrfs, loops
+from devboxd.engine.base import EngineError
 from devboxd.engine.fallback import Fallback
 from devboxd.engine.grants import Turn, Want, grants, level
 from devboxd.engine.pool import Pool
 from devboxd.engine.volumes import Volume
+from devboxd.errors import SetupError
 
 _MIB = 1 << 20
 _OWN = 32 * _MIB
 """What the file system of a disk writes beside the files that it holds: its log, tables of names."""
-_COPIED = 256 * _MIB
-"""What is kept for a disk that writes over blocks which it shares with a snapshot: they need room a second time."""
-_COPIED_PART = 4
-"""Where more is shared, such a part of it is kept."""
+_BESIDE = 256 * _MIB
+"""What shall be left to all disks beside what one more is to share, or as much as that where it is less."""
+_MEASURE_S = 1.0
+"""So often one of the disks is looked at anew, when not all can have what their size says."""
 _AHEAD = 4096 * _MIB
 """Room that the pool has ready for what boxes write between two looks, or while no server runs."""
 _DELETED = 2048 * _MIB
@@ -39,14 +45,17 @@ _DELETED = 2048 * _MIB
 _SCARCE = 1024 * _MIB
 """With smaller shares the kernel gives back by itself what a box deletes, also while no server runs."""
 _FULL = 16 * _MIB
+STILL = ".still-"
+"""How the copy of a disk is named that a backup reads; the disk shares all with it as long as it is there."""
 _LATELY_S = 60.0
 _TRIES = 4
 
 
 @dataclass
 class _Disk:
-    """`most`: bytes that it may hold; `volume` and `image` when it is open; `copied`: it shares blocks.
+    """`most`: bytes that it may hold; `volume` and `image` when it is open.
 
+    `shared`: at most so many bytes take room a second time when they are written over; `measured`: when that was found.
     `begun`: when it was made, opened or taken; `wrote`: when it was last seen to hold more than before, and `mark` how
     much that was; `bound`: what it may hold now.
     """
@@ -56,7 +65,8 @@ class _Disk:
     wrote: float = -math.inf
     volume: Volume | None = None
     image: Path | None = None
-    copied: bool = False
+    shared: int = 0
+    measured: float = -math.inf
     at_once: bool | None = None
     mark: int | None = None
     bound: int | None = None
@@ -88,7 +98,9 @@ class Credits:
         self._clock = clock
         self._disks: dict[str, _Disk] = {}
         self._lock = threading.Lock()
-        self._slack = self._owed = 0
+        self._slack = 0
+        self.owed = 0
+        """Bytes of the pool that disks may take without reaching their bounds, when they were last looked at."""
         self.fallback: Fallback | None = None
         """Given by a server, which may die."""
         self.level: int | None = None
@@ -110,6 +122,8 @@ class Credits:
         """Let an open disk hold so many bytes, as far as the pool has them."""
         with self._lock:
             known = self._known(name, most)
+            if known.measured == -math.inf:
+                known.shared, known.measured = btrfs.shared(image), self._clock()
             known.volume, known.image, known.bound = volume, image, None
             if self._slack < 0 or self.level is not None:
                 self._settle()
@@ -128,11 +142,44 @@ class Credits:
         if known := self._disks.get(name):
             known.begun = self._clock()
 
-    def share(self, name: str) -> None:
-        """A disk has the blocks that it holds in common with a snapshot from now on."""
+    def share(self, name: str, shared: int) -> None:
+        """Have room for a disk that is to be opened to write over so many bytes. Raises EngineError."""
+        with self._sharing(self._disks[name], shared):
+            pass
+
+    @contextlib.contextmanager
+    def sharing(self, name: str) -> Iterator[None]:
+        """Have room for a disk to write over all that it holds: a snapshot of it is made in the block.
+
+        One that is not open writes nothing. Raises EngineError.
+        """
+        disk = self._disks.get(name)
+        if disk is None or disk.image is None:
+            yield
+            return
+        with self._sharing(disk, os.stat(disk.image).st_blocks * 512):
+            yield
+
+    @contextlib.contextmanager
+    def _sharing(self, disk: _Disk, shared: int) -> Iterator[None]:
         with self._lock:
-            if known := self._disks.get(name):
-                known.copied = True
+            before = disk.shared, disk.measured
+            if (more := shared - disk.shared) > 0 and not self._grown_for(more):
+                raise EngineError(self._full(more))
+            disk.shared, disk.measured = shared, self._clock()
+            self._settle()
+        try:
+            yield
+        except BaseException:
+            disk.shared, disk.measured = before
+            raise
+
+    def _grown_for(self, more: int) -> bool:
+        """Whether the pool has room for so much more than what it owes, at last by growing."""
+        needed = sum(need.owed for need in self._needs()) + more + min(more, _BESIDE)
+        while self._pool.grow(needed - self._pool.room()):
+            pass
+        return self._pool.room() >= needed
 
     def forget(self, name: str) -> None:
         """A disk was closed, or is gone."""
@@ -141,8 +188,24 @@ class Credits:
 
     def renew(self) -> None:
         """Look at all of them, let the pool grow ahead of them, and say anew what each may hold."""
+        if self.level is not None:
+            self._measure()
         with self._lock:
             self._settle()
+
+    def _measure(self) -> None:
+        """Look anew what one disk shares, of those that share something the one that waits longest."""
+        with self._lock:
+            sharing = [disk for disk in self._disks.values() if disk.shared and disk.image is not None]
+        disk = min(sharing, key=lambda disk: disk.measured, default=None)
+        if disk is None or disk.image is None or self._clock() - max(d.measured for d in sharing) < _MEASURE_S:
+            return
+        before = disk.measured
+        with contextlib.suppress(OSError):
+            shared = btrfs.shared(disk.image)
+            with self._lock:
+                if disk.measured == before:  # else a snapshot was made meanwhile
+                    disk.shared, disk.measured = min(shared, disk.shared), self._clock()
 
     def close(self) -> None:
         """Give none more than the pool has: it will not grow for a while."""
@@ -153,7 +216,36 @@ class Credits:
 
     def short(self) -> bool:
         """Whether the pool lacks the room for what disks that there are may write over, and for one more."""
-        return self._pool.copies and self._pool.room() < self._owed + 2 * _OWN
+        return self._pool.copies and self._pool.room() < self.owed + 2 * _OWN
+
+    def lack(self, name: str, shared: int) -> str | None:
+        """Why there is no room to write over so many bytes of a disk, though the pool may grow; None when there is."""
+        known = self._disks.get(name)
+        more = shared - (known.shared if known else 0)
+        room = self._pool.room() + max(0, self._pool.below())
+        return self._full(more) if more > 0 and room < self.owed + more + min(more, _BESIDE) else None
+
+    def _full(self, more: int) -> str:
+        left = max(0, self._pool.room() + max(0, self._pool.below()) - self.owed - _BESIDE)
+        return (
+            "the pool of disks is full: what is shared with a snapshot needs room to be written over, "
+            f"{more >> 20} MiB here, and {left >> 20} MiB are left"
+        )
+
+    def check_copies(self, images: Iterable[Path]) -> None:
+        """See that there is room to write over all of these disks that are attached, while copies of them are read.
+
+        For a program beside the server, which keeps that room as long as it sees the copies. Raises SetupError.
+        """
+        attached, needed = {file for _, file in loops.devices()}, 0
+        for image in images:
+            with contextlib.suppress(FileNotFoundError):
+                needed += image.stat().st_blocks * 512 if "/".join(image.parts[-2:]) in attached else 0
+        if needed > (room := max(0, self._pool.room()) + max(0, self._pool.below())):
+            raise SetupError(
+                f"cannot copy the disks of devboxes that run: what they may write over meanwhile needs {needed >> 20} "
+                f"MiB of room in the pool of disks, which has {room >> 20} MiB; suspend some, or make room"
+            )
 
     def _needs(self) -> list[_Need]:
         found, now = [], self._clock()
@@ -165,12 +257,12 @@ class Credits:
     def _settle(self) -> None:
         needs = self._needs()
         wanted = sum(need.want.bytes for need in needs)
-        self._owed = sum(need.owed for need in needs)
-        ahead = self._owed + min(wanted, _AHEAD)
+        self.owed = sum(need.owed for need in needs)
+        ahead = self.owed + min(wanted, _AHEAD)
         while self._pool.grow(ahead - self._pool.room()):  # a larger one keeps more for itself
             pass
         room, below = self._pool.room(), self._pool.below()
-        own = room - self._owed
+        own = room - self.owed
         left = own + (below if room >= ahead and below >= _AHEAD else 0)
         self._slack = left - wanted
         if self._slack < 0 or self.level is not None:
@@ -215,14 +307,15 @@ class Credits:
 
 def _need(disk: _Disk, now: float) -> _Need:
     if disk.volume is None or disk.image is None:
-        return _Need(disk, 0, 0, Want(disk.most, Turn.BEGINS))
+        return _Need(disk, 0, disk.shared, Want(disk.most, Turn.BEGINS))
     used, file = disk.volume.used(), os.stat(disk.image)
     if disk.mark is not None and used > disk.mark + _MIB:
         disk.wrote, disk.mark = now, used
     disk.mark = used if disk.mark is None else min(disk.mark, used)
     there = file.st_blocks * 512
     lacks = max(0, file.st_size - there)
-    shared = min(there, max(_COPIED, there // _COPIED_PART)) if disk.copied else 0
+    still = disk.image.parent.with_name(STILL + disk.image.parent.name)
+    shared = there if still.exists() else min(there, disk.shared)
     unwritten = min(lacks, max(0, used - there) + _OWN)
     want = min(lacks, max(0, disk.most - used))
     return _Need(disk, used, unwritten + shared, Want(want, _turn(disk, now)))

@@ -29,7 +29,7 @@ import structlog
 from devboxd.concurrency.threads import finished
 from devboxd.engine import btrfs, linux, loops, manifest, volumes
 from devboxd.engine.base import EngineError
-from devboxd.engine.credits import Credits
+from devboxd.engine.credits import STILL, Credits
 from devboxd.engine.pool import Pool
 from devboxd.engine.processes import BOUNDED, piped
 from devboxd.engine.volumes import Volume
@@ -42,7 +42,7 @@ _STOCK = 16
 _SOON_DELETED = 2048
 """Blocks, of 512 bytes, of a file that is deleted at once."""
 _GARBAGE = 96 << 20
-_MAKING, _GOING, _STILL, _SPARE, _EMPTY = ".new-", ".gone-", ".still-", ".spare-", ".empty-"
+_MAKING, _GOING, _SPARE, _EMPTY = ".new-", ".gone-", ".spare-", ".empty-"
 
 
 class Disks:
@@ -103,14 +103,12 @@ class Disks:
         if self._pool.copies:
             self._volume_of(box_id).thaw()
             self.limit(box_id, most_bytes)
-            if self.snapshots():  # nothing tells of which disk they are
-                self.credits.share(box_id)
 
     def create(self, box_id: str, slot: int, files: Mapping[str, str], most_bytes: int, source: str | None) -> None:
         """A new disk of this size for the box, empty or from a snapshot, with these files of the box's root.
 
-        Where copying takes its time, `fetch` comes before. Raises EngineError when there is no such snapshot, and
-        OSError; `remove` takes away what was begun then.
+        Where copying takes its time, `fetch` comes before. Raises EngineError when there is no such snapshot, or no
+        room to write over what is in it, and OSError; `remove` takes away what was begun then.
         """
         making = self._making(box_id)
         if self._pool.copies:
@@ -124,9 +122,9 @@ class Disks:
                 except FileNotFoundError:
                     btrfs.snapshot(self._source(source), making, read_only=False)
                 volumes.enlarge(making / _IMAGE, most_bytes)
+                self.credits.share(box_id, _blocks(making / _IMAGE))
             self._open[box_id] = Volume(making / _IMAGE, new=True)
             if source is not None:
-                self.credits.share(box_id)
                 self._open[box_id].bound(None)  # a full one takes the server's files too
             _give(self._open[box_id].path / "upper", making, files)
         else:
@@ -222,12 +220,15 @@ class Disks:
             os.close(tree)
 
     def lift(self, box_id: str, most_bytes: int) -> None:
-        """Before it is mounted: have room for all that the disk may hold, and no bound, until `limit`. Raises OSError.
+        """Before it is mounted: have room for all that the disk may hold, and no bound, until `limit`.
 
+        Raises EngineError when the pool has no room to write over what it shares with a snapshot, and OSError.
         An overlay that cannot make its working folder stays read-only, however full the disk is, or held.
         """
         if self._pool.copies:
             self.credits.expect(box_id, most_bytes)
+            if box_id not in self._open:
+                self.credits.share(box_id, btrfs.shared(self._folder / box_id / _IMAGE))
             self._volume_of(box_id).bound(None)
 
     def limit(self, box_id: str, most_bytes: int) -> None:
@@ -293,10 +294,17 @@ class Disks:
         return None
 
     def snapshot(self, box_id: str, snapshot_id: str) -> None:
-        """Keep the disk as it is now, in a pool that copies. Raises OSError."""
-        with self._at_rest(box_id):
+        """Keep the disk as it is now, in a pool that copies. Raises EngineError when it is too full, and OSError."""
+        with self._at_rest(box_id), self.credits.sharing(box_id):
             btrfs.snapshot(self._folder / box_id, self._folder / snapshot_id, read_only=True)
-            self.credits.share(box_id)
+
+    def lack(self, name: str) -> str | None:
+        """Why there is no room to keep an open disk, to open one at rest, or begin from a snapshot. Raises OSError."""
+        if not self._pool.copies:
+            return None
+        image = self._folder / name / _IMAGE
+        rests = name.startswith(_BOX) and name not in self._open
+        return self.credits.lack(name, btrfs.shared(image) if rests else _blocks(image))
 
     async def copy(self, box_id: str, snapshot_id: str) -> None:
         """Keep the disk of a box that stands still, in plain folders; it takes its time. Raises EngineError."""
@@ -321,19 +329,27 @@ class Disks:
         """The names of disks as they are at this instant, by box, whatever their boxes do, until the block ends.
 
         For a pool that copies. Those that are gone are left out. Raises BlockingIOError where somebody else is in such
-        a block, and OSError.
+        a block, SetupError when the pool has no room to write over all of them, and OSError.
         """
         found = {}
         with self._stills():
             try:
                 self._forget_stills()
-                for box_id in box_ids:
+                wanted = list(box_ids)
+                self.credits.check_copies(self._folder / box_id / _IMAGE for box_id in wanted)
+                for box_id in wanted:
                     with contextlib.suppress(FileNotFoundError):
-                        self.snapshot(box_id, _STILL + box_id)
-                        found[box_id] = _STILL + box_id
+                        self._copy_of(box_id, self._folder / (STILL + box_id))
+                        found[box_id] = STILL + box_id
                 yield found
             finally:
                 self._forget_stills()
+
+    def _copy_of(self, box_id: str, target: Path) -> None:
+        """As it is now. Unlike a snapshot it leaves nothing to be copied on writing once it is gone."""
+        btrfs.create(target)
+        with self._at_rest(box_id):
+            volumes.copy(self._folder / box_id / _IMAGE, target / _IMAGE)
 
     @contextlib.contextmanager
     def _stills(self) -> Iterator[None]:
@@ -341,7 +357,7 @@ class Disks:
             yield
 
     def _forget_stills(self) -> None:
-        for path in self._folder.glob(_STILL + "*"):
+        for path in self._folder.glob(STILL + "*"):
             btrfs.delete(path)
 
     async def restore(self, name: str, archive: Path, size: int, slot: int | None, given: Mapping[str, str]) -> None:
@@ -378,7 +394,10 @@ class Disks:
 
     def _keep(self, volume: Volume, making: Path, name: str) -> None:
         with volume.frozen():
-            btrfs.snapshot(making, self._folder / name, read_only=name.startswith(_SNAPSHOT))
+            if name.startswith(_SNAPSHOT):
+                btrfs.snapshot(making, self._folder / name, read_only=True)
+            else:
+                making.rename(self._folder / name)  # a snapshot would be copied as it is written over
 
     def given(self, box_id: str) -> dict[str, str]:
         """The files that the server wrote last into the box of a disk; none where an older server made it."""
@@ -482,6 +501,11 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _blocks(image: Path) -> int:
+    """Bytes that a disk takes of the pool, or shares with others. Raises OSError."""
+    return os.stat(image).st_blocks * 512
 
 
 def _remove_tree(path: Path) -> None:

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
 _WAIT = """
-tail -n 1 | {
-    read -r line || exit
-    for pair in $line; do echo "${pair#*=}" >"/sys/fs/ext4/${pair%=*}/reserved_clusters"; done
-}
+echo $$ >"$1"
+while read -r line; do last=$line; done
+for pair in $last; do echo "${pair#*=}" >"/sys/fs/ext4/${pair%=*}/reserved_clusters"; done
 """
-"""The pipe ends with the server, however that ends. A line that was cut counts for nothing."""
+"""The pipe ends with the server, however that ends. A line that was cut counts for nothing: the one before does."""
 _COARSE = 256
 """Blocks; what differs by less is not told anew."""
 
 
 class Fallback:
-    """The process of one server, from the first bounds that it is told."""
+    """The process of one server, from the first bounds that it is told.
 
-    def __init__(self) -> None:
+    It enters the cgroup whose file of processes this is: what kills all of the server's unit shall leave it alive.
+    """
+
+    def __init__(self, processes: Path) -> None:
+        self._processes = processes
         self._process: subprocess.Popen[bytes] | None = None
         self._told: dict[str, int] = {}
 
     def tell(self, kept: Mapping[str, int]) -> None:
-        """Have these blocks kept back on these devices of disks, once the server is dead. Raises OSError."""
+        """Have these blocks kept back on these devices of disks, once the server is dead. Raises OSError.
+
+        Where the process has died meanwhile there is another one.
+        """
         coarse = {device: blocks // _COARSE for device, blocks in kept.items()}
-        if coarse == self._told:
+        lives = self._process is not None and self._process.poll() is None
+        if lives and coarse == self._told:
             return
-        if self._process is None or self._process.poll() is not None:
-            null, command = subprocess.DEVNULL, ("/bin/sh", "-c", _WAIT)
+        if not lives:
+            null, command = subprocess.DEVNULL, ("/bin/sh", "-c", _WAIT, "sh", self._processes)
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
             )
-        if self._process.stdin is not None:
+        if self._process is not None and self._process.stdin is not None:
             line = " ".join(f"{device}={blocks}" for device, blocks in kept.items())
             self._process.stdin.write(f"{line}\n".encode())
             self._process.stdin.flush()

@@ -35,6 +35,7 @@ from devboxd.engine import bundle, cgroups, linux, machine, manifest, rootfs
 from devboxd.engine.base import BoxEnd, BoxSpec, EngineError, Figures, Resources
 from devboxd.engine.blockdevices import below
 from devboxd.engine.disks import Disks
+from devboxd.engine.fallback import Fallback
 from devboxd.engine.instance import Instance
 from devboxd.engine.lxcfs import Lxcfs
 from devboxd.engine.namespaces import Slot, Slots
@@ -118,9 +119,10 @@ class OciEngine:
         self._disks = Disks(self._pool)
         self._reserve = Reserve(instance.state)
         self._note_failure = note_failure
-        self._upkeep = Upkeep(self._pool, self._disks, self._reserve, note_failure)
         self._settings = settings
         self._cgroups = cgroups.find(instance.id, pace=settings.disk_bytes_per_second)
+        fallback = Fallback(self._cgroups.root_processes)
+        self._upkeep = Upkeep(self._pool, self._disks, self._reserve, fallback, note_failure)
         self._lxcfs = Lxcfs(instance.directory, self._cgroups)
         self._calls = bundle.Seccomp(settings.nested_user_namespaces, compiled=self._is_crun)
         self._starts = Places(2 * (os.cpu_count() or 1), _PLACE_S)
@@ -389,6 +391,12 @@ class OciEngine:
             return self.trouble or self._pool.short_of() or (_FULL if self._disks.credits.short() else None)
         except OSError as error:
             return f"the storage cannot be looked at: {error}"
+
+    async def short_for(self, name: str) -> str | None:
+        """Asks the pool. What is not there is told by what is done with it."""
+        with contextlib.suppress(FileNotFoundError):
+            return await finished(partial(self._disks.lack, name))
+        return None
 
     @property
     def disks_held(self) -> bool:

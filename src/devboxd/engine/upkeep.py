@@ -30,10 +30,13 @@ class Upkeep:
     `leaving`: programs that write back disks of boxes that have ended.
     """
 
-    def __init__(self, pool: Pool, disks: Disks, reserve: Reserve, note_failure: Callable[[bool], None]) -> None:
+    def __init__(
+        self, pool: Pool, disks: Disks, reserve: Reserve, fallback: Fallback, note_failure: Callable[[bool], None]
+    ) -> None:
         self._pool = pool
         self._disks = disks
         self._reserve = reserve
+        self._fallback = fallback
         self._note_failure = note_failure
         self.trouble: str | None = None
         self.leaving: list[subprocess.Popen[bytes]] = []
@@ -51,7 +54,7 @@ class Upkeep:
     async def tend(self) -> None:
         """Let the pool grow before it is full, and renew what each disk may take of it, without end."""
         if self._pool.copies:
-            self._disks.credits.fallback = Fallback()
+            self._disks.credits.fallback = self._fallback
         while True:
             await self._tend()
             self.leaving = [process for process in self.leaving if process.poll() is None]
