@@ -457,16 +457,34 @@ def test_the_one_that_writes_has_all_of_its_disk_while_the_others_rest() -> None
             assert api.output(box, "head -c 64M /dev/zero >some && sync -f . && stat -c %s some") == f"{64 << 20}\n"
 
 
-def test_without_a_server_no_more_is_promised_than_the_pool_has() -> None:
+@pytest.mark.parametrize("killed", [False, True], ids=["", "after the process that waits for its end was killed"])
+def test_without_a_server_no_more_is_promised_than_the_pool_has(killed: bool) -> None:
     """However it ends: it alone lets the pool grow. What boxes may then write has its blocks."""
     with crowded(12) as (server, _, boxes):
         room = os.statvfs(server.state / "disks")
         assert all(_left(server, box) > 1 << 30 for box in boxes)
+        if killed:
+            first = _waiting(server)
+            os.kill(first, signal.SIGKILL)
+            deadline = time.monotonic() + 30
+            while _waiting(server) in (0, first):
+                assert time.monotonic() < deadline, "nothing waits for the end of the server any more"
+                time.sleep(0.01)
         server.kill()
         deadline = time.monotonic() + 30
         while (left := sum(_left(server, box) for box in boxes)) > room.f_bavail * room.f_frsize:
             assert time.monotonic() < deadline, f"{left} bytes are promised"
             time.sleep(0.01)
+
+
+def _waiting(server: Server) -> int:
+    """The process that bounds disks when the server has ended; 0 when there is none."""
+    for task in Path("/proc", str(server.pid), "task").iterdir():
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                if b"reserved_clusters" in Path("/proc", pid, "cmdline").read_bytes():
+                    return int(pid)
+    return 0
 
 
 @pytest.mark.parametrize("end", ["kill", "terminate"])
