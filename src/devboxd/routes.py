@@ -65,7 +65,7 @@ ROUTES = (
     # files
     Route("POST", _BOX + "/read_file_contents", files.read_file_contents, _READ),
     Route("POST", _BOX + "/write_file_contents", files.write_file_contents, _WRITE, once=True, body_limit=_TEXT_BODY),
-    Route("POST", _BOX + "/write_file", files.write_file_contents, _WRITE, once=True, body_limit=_TEXT_BODY),
+    Route("POST", _BOX + "/write_file", files.write_file, _WRITE, once=True, body_limit=_TEXT_BODY),
     Route("POST", _BOX + "/upload_file", files.upload_file, _WRITE, once=True, streamed=True, form=files.UploadFile),
     Route("POST", _BOX + "/download_file", files.download_file, _READ),
 )

@@ -83,8 +83,10 @@ def _chains(tree: ast.Module) -> Iterator[list[str]]:
 def test_the_page_has_devboxes_first_an_anchor_for_each_operation_and_markdown_rendered() -> None:
     page = docs_page.page(OPERATIONS, UNIMPLEMENTED)
     assert re.findall(r'<h2 id="([^"]*)"', page)[:2] == ["devboxes", "executions"]
-    names = {entry.name for entry in OPERATIONS}
-    assert names <= set(re.findall(r'<div id="([^"]*)"', page))
+    anchors = re.findall(r'id="([^"]*)"', page)
+    assert {entry.name for entry in OPERATIONS} <= set(anchors)
+    assert len(set(anchors)) == len(anchors)
+    assert len({entry.name for entry in OPERATIONS}) == len(OPERATIONS)
     assert "```" not in page
     assert "<code>send_std_in</code>" in page
     assert "<script" not in page

@@ -103,6 +103,18 @@ async def write_file_contents(
     return _stored(msgspec.json.encode(view), written)
 
 
+async def write_file(
+    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
+) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
+    """Create or replace a file with this text: the older name of write_file_contents.
+
+    ```python
+    client.devboxes.write_file_contents(box.id, file_path="notes.txt", contents="hello\\n")
+    ```
+    """
+    return await write_file_contents(devboxes, boxes, files, call, devbox_id, body)
+
+
 async def upload_file(
     devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, early: Early, call: Call, devbox_id: str
 ) -> Annotated[Response, 403, 429, 504, 507]:
