@@ -141,7 +141,7 @@ def _tools(settings: Settings) -> Iterator[Check]:
             "error",
             f"{settings.runtime} is missing",
             "nothing can start a box",
-            "install crun (apt-get, dnf), or set runtime to crun or runc, or to the path of one",
+            "apt-get install crun, dnf install crun, or set runtime to crun or runc, by name or path",
         )
     else:
         yield Check("OCI runtime", "ok", version, "it does all isolation of boxes")

@@ -42,10 +42,55 @@ def test_a_box_is_made_as_asked(env: dict[str, str], api: Api, named: str) -> No
     assert view["launch_parameters"]["resource_size_request"] == "X_SMALL"
     assert api.output(named, "echo $A") == "b=c\n"
     refused(devboxd("boxes", "create", "--size", "HUGE", env=env), "HUGE")
-    refused(devboxd("boxes", "create", "--lifetime", "0", env=env), "keep_alive_time_seconds")
+    refused(devboxd("boxes", "create", "--lifetime", "0", env=env), "--lifetime is 1 to 172800")
     custom = json.loads(devboxd("boxes", "create", "--cpus", "0.5", "--memory", "2", "--json", env=env).stdout)
     assert custom["launch_parameters"]["resource_size_request"] == "CUSTOM_SIZE"
     api.shutdown(custom["id"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("--cpus 99", "both --cpus and --memory"),
+        ("--disk 8", "both --cpus and --memory"),
+        ("--size custom_size --memory 4", "both --cpus and --memory"),
+        ("--size SMALL --disk 8", "--size SMALL has processors, memory and disk already"),
+        ("--cpus nan --memory 4", "0.5, 1 or an even number"),
+        ("--cpus 99 --memory 4", "cannot use 99 as --cpus: 0.5, 1 or an even number up to 16"),
+        ("--cpus 1.5 --memory 4", "cannot use 1.5 as --cpus"),
+        ("--cpus 2 --memory 99", "cannot use 99 as --memory: 1 or an even number up to 64"),
+        ("--cpus 2 --memory 4 --disk 65", "cannot use 65 as --disk: an even number from 2 to 64"),
+        ("--cpus 2 --memory 64", "2 to 8 GiB of memory belong to a core"),
+        ("--size HUGE", "cannot use --size: invalid enum value 'HUGE', expected one of X_SMALL"),
+        ("--lifetime 172801", "--lifetime is 1 to 172800"),
+    ],
+)
+def test_what_a_create_cannot_have_is_told_by_its_options(env: dict[str, str], asked: str, words: str) -> None:
+    done = devboxd("boxes", "create", *asked.split(), env=env)
+    refused(done, words)
+    assert not re.search(r"custom_[a-z]|resource_size|launch_param|keep_alive", done.stderr)
+
+
+def test_what_the_user_of_a_box_may_not_see_is_not_said_to_be_missing(
+    env: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    devboxd("boxes", "exec", named, "--", "sudo touch /root/f; ln -s loop loop; ln -s none dangling; touch ok", env=env)
+    (tmp_path / "file").touch()
+    here, loop = str(tmp_path / "file"), tmp_path / "loop"
+    loop.symlink_to("loop")
+    for source, target, words in (
+        (f"{named}:/root/f", here, "the box's user may not look there; let root do it there"),
+        (f"{named}:/root", str(tmp_path), "; let root do it there"),
+        (str(tmp_path), f"{named}:/root/x", "; let root do it there"),
+        (f"{named}:none", here, "there is no such file or folder in the box"),
+        (f"{named}:dangling", here, "there is no such file or folder in the box"),
+        (f"{named}:loop", here, "Too many levels of symbolic links"),
+        (f"{named}:ok/x", here, "Not a directory"),
+        (f"{named}:ok", "/proc/x", "/proc/x of this machine"),
+        (str(loop), f"{named}:x", "its symbolic links lead in a circle"),
+        (f"{here}/x", f"{named}:x", "a part of its path is a file"),
+    ):
+        refused(devboxd("boxes", "cp", source, target, env=env), words)
 
 
 def test_a_name_means_the_newest_living_box(env: dict[str, str], api: Api) -> None:

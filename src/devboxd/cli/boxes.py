@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +30,19 @@ def boxes() -> None:
     lives.
     """
 
+
+_OPTIONS = {
+    "custom_cpu_cores": "--cpus",
+    "custom_gb_memory": "--memory",
+    "custom_disk_size": "--disk",
+    "resource_size_request": "--size",
+    "keep_alive_time_seconds": "--lifetime",
+    "environment_variables": "--env",
+    "snapshot_id": "--snapshot",
+    "entrypoint": "--entrypoint",
+    "file_mounts": "`devboxd boxes cp`",
+}
+_FIELD = re.compile(rf"(?:the field )?'?\b(?:launch_parameters\.)?({'|'.join(_OPTIONS)})\b'?")
 
 _box = click.argument("box", metavar="BOX", shell_complete=box_names)
 _several = click.argument("names", metavar="BOX...", nargs=-1, required=True, shell_complete=box_names)
@@ -57,9 +72,9 @@ def boxes_list(every: bool, status: str | None, url: str | None, key_file: Path 
 @boxes.command("create")
 @_name
 @_size
-@click.option("--cpus", type=float, metavar="N", help="Processors of a box of a size of its own.")
-@click.option("--memory", type=int, metavar="GIB", help="Its memory.")
-@click.option("--disk", type=int, metavar="GIB", help="Its disk.")
+@click.option("--cpus", type=float, metavar="N", help="For a size of its own: 0.5, 1 or an even number up to 16.")
+@click.option("--memory", type=int, metavar="GIB", help="1 or an even number up to 64; 2 to 8 for each processor.")
+@click.option("--disk", type=int, metavar="GIB", help="An even number up to 64; 4 if not given.")
 @click.option("--snapshot", metavar="ID", shell_complete=snapshot_ids, help="Begin from this snapshot.")
 @_variables
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="A label; may be given again.")
@@ -87,7 +102,14 @@ def boxes_create(url: str | None, key_file: Path | None, as_json: bool, no_wait:
 def _launch(size: str | None, cpus: float | None, memory: int | None, disk: int | None) -> dict[str, Any]:
     custom = {"custom_cpu_cores": cpus, "custom_gb_memory": memory, "custom_disk_size": disk}
     given = {name: value for name, value in custom.items() if value is not None}
-    size = size or ("CUSTOM_SIZE" if given else None)
+    own = bool(given) or (size or "").upper() == "CUSTOM_SIZE"
+    if size and given and size.upper() != "CUSTOM_SIZE":
+        raise click.UsageError(f"--size {size} has processors, memory and disk already; leave it out, or the others")
+    if own and (cpus is None or memory is None):
+        raise click.UsageError("a box of a size of its own needs both --cpus and --memory")
+    if cpus is not None and not math.isfinite(cpus):
+        raise click.UsageError(f"--cpus {cpus} is no number of processors; give 0.5, 1 or an even number up to 16")
+    size = size or ("CUSTOM_SIZE" if own else None)
     return {**({"resource_size_request": size.upper()} if size else {}), **given}
 
 
@@ -102,8 +124,16 @@ def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
 
 
 def _created(remote: Remote, body: dict[str, Any], *, wait: bool) -> dict[str, Any]:
-    view: dict[str, Any] = remote.call("POST", "/v1/devboxes", body)
+    try:
+        view: dict[str, Any] = remote.call("POST", "/v1/devboxes", body)
+    except ApiError as error:
+        raise ApiError(error.code, _in_options(error.message)) from error
     return _reached(remote, view["id"], "running") if wait else view
+
+
+def _in_options(message: str) -> str:
+    """A refusal of a create in the words of this command, which names options where the API names fields."""
+    return _FIELD.sub(lambda found: _OPTIONS[found[1]], message)
 
 
 def _reached(remote: Remote, box_id: str, status: str) -> dict[str, Any]:

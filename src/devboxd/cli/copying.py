@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -19,6 +19,7 @@ from devboxd.cli.completion import box_or_file
 from devboxd.cli.options import find_box, find_remote, server_options
 from devboxd.cli.printing import printable
 from devboxd.errors import SetupError
+from devboxd.path_errors import explained, shown
 
 if TYPE_CHECKING:
     import tarfile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _NAMED = 3
 """How many of what is left out are named."""
 _MOST_SOCKETS = 1000
+_SUDO = "let root do it there, as in `devboxd boxes exec BOX -- sudo cp -r /root/x /tmp`, and copy that"
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class _Place:
         return f"/v1/devboxes/{self.box}"
 
     def kind(self) -> str:
-        """`folder`, the file's mode in octal, or empty where there is nothing."""
+        """`folder`, the file's mode in octal, or `?` and what the box says where its user sees nothing."""
         name = shlex.quote(self.path)
-        return self.run(f"if [ -d {name} ]; then echo folder; elif [ -e {name} ]; then stat -Lc %a -- {name}; fi")
+        look = f'said=$(LC_ALL=C stat -Lc %a -- {name} 2>&1) && echo "$said" || echo "?$said"'
+        return self.run(f"if [ -d {name} ]; then echo folder; else {look}; fi")
 
     def run(self, command: str) -> str:
         """What a command in the box prints, without its line end. Raises SetupError with what it says when it fails."""
@@ -54,7 +57,8 @@ class _Place:
         view = self.remote.call("POST", path, {"statuses": ["completed"]})
         if view["exit_status"]:
             said = " ".join((view["stderr"] or view["stdout"]).split()) or f"status {view['exit_status']}"
-            raise SetupError(f"cannot copy: the box says: {printable(said[-300:])}")
+            hint = f"; {_SUDO}" if "Permission denied" in said else ""
+            raise SetupError(f"cannot copy: the box says: {printable(said[-300:])}{hint}")
         return str(view["stdout"]).rstrip("\n")
 
     @contextmanager
@@ -106,8 +110,10 @@ def _into(place: _Place, source: str) -> None:
         place.remote.upload(f"{place.url}/upload_file", place.path, sys.stdin.buffer)
         return
     here = Path(source)
-    if not here.exists():
-        raise SetupError(f"cannot copy {source}: there is no such file or folder here")
+    try:
+        here.stat()
+    except OSError as error:
+        raise SetupError(f"cannot copy {shown(source)} of this machine: {explained(error)}") from error
     there = place.kind()
     within = there == "folder" or place.path.endswith("/")
     path = f"{place.path.rstrip('/')}/{here.resolve().name}" if within else place.path
@@ -115,10 +121,17 @@ def _into(place: _Place, source: str) -> None:
     if here.is_dir():
         _folder_into(target, here)
     else:
-        with here.open("rb") as file:
+        with _opened(here) as file:
             place.remote.upload(f"{place.url}/upload_file", path, file)
         if os.access(here, os.X_OK):
             target.run(f"chmod +x -- {shlex.quote(path)}")
+
+
+def _opened(here: Path) -> BinaryIO:
+    try:
+        return here.open("rb")
+    except OSError as error:
+        raise SetupError(f"cannot copy {shown(here)} of this machine: {explained(error)}") from error
 
 
 def _folder_into(target: _Place, here: Path) -> None:
@@ -161,8 +174,8 @@ def _tell_left_out(names: Sequence[str]) -> None:
 
 def _out_of(place: _Place, target: str) -> None:
     kind = place.kind()
-    if not kind:
-        raise SetupError(f"cannot copy {place.path!r}: there is no such file or folder in the box")
+    if kind.startswith("?"):
+        raise SetupError(f"cannot copy {place.path!r}: {_unseen(kind)}")
     if target == "-":
         if kind == "folder":
             raise SetupError(f"cannot write the folder {place.path!r} to standard output: name a folder for it")
@@ -172,13 +185,26 @@ def _out_of(place: _Place, target: str) -> None:
     here = Path(target)
     name = place.run(f'basename -- "$(realpath -- {shlex.quote(place.path)})"')
     goal = here / name if here.is_dir() else here
-    if name in ("", ".", "..", "/") or not goal.parent.is_dir():
-        raise SetupError(f"cannot copy to {target}: there is no folder {goal.parent} here")
-    if kind == "folder":
-        _folder_out_of(place, goal)
-    else:
-        with _replacing(goal, int(kind, 8) & 0o777) as file:
-            _fetch(place, file)
+    try:
+        if name in ("", ".", "..", "/") or not goal.parent.is_dir():
+            raise SetupError(f"cannot copy to {shown(target)}: there is no folder {shown(goal.parent)} here")
+        if kind == "folder":
+            _folder_out_of(place, goal)
+        else:
+            with _replacing(goal, int(kind, 8) & 0o777) as file:
+                _fetch(place, file)
+    except OSError as error:
+        raise SetupError(f"cannot copy to {shown(goal)} of this machine: {explained(error)}") from error
+
+
+def _unseen(said: str) -> str:
+    """Why the user of a box sees nothing at a path, by what `stat` said."""
+    why = said.rpartition(": ")[2]
+    if why == "Permission denied":
+        return f"the box's user may not look there; {_SUDO}"
+    if why == "No such file or directory":
+        return "there is no such file or folder in the box"
+    return f"the box says: {printable(why)}"
 
 
 def _fetch(place: _Place, file: IO[bytes]) -> None:
