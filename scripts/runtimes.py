@@ -74,9 +74,9 @@ _COMMANDS = {
 _FULL = {
     f"{_JAVA} -cp /opt/kit Size fill": "java.lang.OutOfMemoryError: Java heap space",
     f"{_JAVA} -XX:MaxRAMPercentage=75 -cp /opt/kit Size fill": "java.lang.OutOfMemoryError: Java heap space",
-    f"{_NET} fill": "OutOfMemoryException",
 }
 """Programs that fill their heap, and what they say then."""
+_FULL_NET = {f"{_NET} fill": "OutOfMemoryException"}
 
 
 def main() -> int:
@@ -154,13 +154,16 @@ def _look(client: Api, archive: Path) -> list[str]:
         box = client.create(snapshot_id=snapshot, launch_parameters={"resource_size_request": size})
         unified = client.run(box, "test -e /sys/fs/cgroup/cpu.max")["exit_status"] == 0
         for name, command in _COMMANDS.items():
+            if name == ".NET" and unified:
+                print(f"{size}, {name}: not asked, for 3.1, which is the last that PyPI has, knows version 1 alone")
+                continue
             view = client.run(box, command, 300)
             found = view["stdout"].split()
             print(f"{size}, {name}: {', '.join(found)}", flush=True)
             if view["exit_status"] or not _fits(name, list(map(int, found)), *_SIZES[size], unified=unified):
                 wrong.append(f"{size}, {name}: {view}")
         if size == "SMALL":
-            wrong += _filled(client, box)
+            wrong += _filled(client, box, _FULL | ({} if unified else _FULL_NET))
         client.shutdown(box)
     return wrong
 
@@ -195,10 +198,10 @@ def _fits(name: str, found: list[int], processors: int, memory: int, *, unified:
     raise ValueError(name)
 
 
-def _filled(client: Api, box: str) -> list[str]:
+def _filled(client: Api, box: str, programs: dict[str, str]) -> list[str]:
     """Programs that ended otherwise than by the error that their language has for a full heap."""
     wrong = []
-    for command, error in _FULL.items():
+    for command, error in programs.items():
         view = client.run(box, command, 300)
         told = error in view["stderr"] and view["exit_status"] == 1
         print(f"{command.rpartition('/')[2]}: {view['exit_status']}, {error if told else 'no error'}", flush=True)

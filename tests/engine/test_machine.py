@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from devboxd.engine import cgroups
 from devboxd.engine.base import Resources
 from devboxd.engine.machine import processors
 from support.engine import Box, Host
@@ -63,6 +64,8 @@ async def test_the_box_finds_its_limits_where_runtimes_of_languages_look(host: H
     """As the JVM, .NET, Go, Rust and libuv do: by the mounts of cgroups, and below them the path of the process."""
     box = await host.box(Resources(0.5, 768 << 20, 256))
     assert json.loads((await box.run("python3", "-c", FIND_LIMITS)).out) == {"memory": 768 << 20, "cpu": 0.5}
+    version = "cgroup2fs" if (cgroups.ROOT / "cgroup.controllers").exists() else "tmpfs"
+    assert await box.sh("stat -f -c %T /sys/fs/cgroup") == version, ".NET tells the versions apart by this"
     assert await box.sh("getconf _NPROCESSORS_ONLN; python3 -c 'import os; print(os.cpu_count())'") == "1\n1"
     node = "console.log(require('os').availableParallelism(), process.constrainedMemory?.())"
     assert (await box.run("node", "-e", node)).out.split()[1] == str(768 << 20)
