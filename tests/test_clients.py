@@ -71,6 +71,15 @@ def _run(name: str, case: str, server: Server, box: str) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
 
 
+@pytest.mark.parametrize("version", environments.OLD_PYTHON_VERSIONS)
+def test_python_that_is_older(version: str, server: Server) -> None:
+    command = [str(environments.python_client(version)), "-W", "ignore", str(CLIENTS / "oldest.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=_environment(server, ""), check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
 @pytest.mark.parametrize("case", PYTHON_CASES)
 @pytest.mark.parametrize("version", environments.PYTHON_VERSIONS)
 def test_python(version: str, case: str, server: Server, box: str) -> None:

@@ -37,6 +37,28 @@ def test_a_link_on_path_is_made_said_and_never_put_over_something_else(tmp_path:
     assert "left as it is" in linked(tmp_path)
 
 
+def test_a_link_of_another_checkout_is_told_with_what_to_do_and_replaced_once_that_is_gone(tmp_path: Path) -> None:
+    own, other = (tmp_path / name / ".venv" / "bin" / "devboxd" for name in ("checkout", "an other"))
+    for program in (own, other):
+        program.parent.mkdir(parents=True)
+        program.touch()
+    link = tmp_path / "devboxd"
+    link.symlink_to(other)
+    said = linked(tmp_path)
+    assert f"another installation, {other}" in said
+    assert link.resolve() == other
+    subprocess.run(["sh", "-c", said.strip().rpartition("mean it: ")[2]], check=True)
+    assert link.resolve() == own
+    assert linked(tmp_path) == ""
+    link.unlink()
+    link.symlink_to(other)
+    other.unlink()
+    said = linked(tmp_path)
+    assert f"of the checkout {tmp_path / 'an other'}, which is gone" in said
+    assert f"made the link {link}" in said
+    assert link.resolve() == own
+
+
 def installed(folder: Path, pip: str) -> subprocess.CompletedProcess[bytes]:
     """What `install` of scripts/setup does with this program in the place of pip, on a terminal."""
     lines = (ROOT / "scripts" / "setup").read_text().partition("\ninstall() {")[2].partition("\n}\n")[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "devboxd" / "clients"
 PYTHON_VERSIONS = ("1.32.0", "2.0.0", "3.0.0")
+OLD_PYTHON_VERSIONS = ("0.16.0", "0.40.0", "1.0.0")
 NPM_VERSION = "^1.32.0"
 PYTHON = os.path.realpath(sys.executable)
 """For commands that need no packages, also where a mount hides the checkout."""
