@@ -188,6 +188,11 @@ def test_the_unit_runs_this_installation() -> None:
     assert Path(shlex.split(command.removeprefix("ExecStart="))[0]).exists()
 
 
+def test_the_unit_names_whole_paths_for_it_runs_in_another_folder(tmp_path: Path) -> None:
+    unit = devboxd("systemd-unit", "--state", "here", "--config", "one.toml", cwd=tmp_path).stdout
+    assert f" serve --state {tmp_path}/here --config {tmp_path}/one.toml" in unit
+
+
 def test_boxes_are_the_same_under_the_mask_of_the_unit() -> None:
     look = "umask; find / -maxdepth 4 -not -path '/proc/*' -not -path '/sys/*' -printf '%m %u %g %p\\n' | sort -k 4"
     shown = []

@@ -109,7 +109,8 @@ def systemd_unit(domains: tuple[str, ...], **options: Any) -> None:
     """
     from devboxd import systemd
 
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    given = {name: value.absolute() if isinstance(value, Path) else value for name, value in options.items() if value}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     words += [word for name in domains for word in ("--domain", name)]
     click.echo(systemd.unit(words), nl=False)
 
