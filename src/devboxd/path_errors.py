@@ -17,7 +17,7 @@ _WORDS = {
     errno.ENOENT: ("there is no such file or folder", "check the path"),
     errno.ENOTDIR: ("a part of its path is a file, not a folder", "check the path"),
     errno.EISDIR: ("it is a folder", "name a file"),
-    errno.EEXIST: ("something that is no folder has this name", "name a folder, or a path where nothing is"),
+    errno.EEXIST: ("something else has this name", "name a path where nothing is"),
     errno.ENAMETOOLONG: ("a name in it, or the whole, is longer than Linux allows", "name a shorter one"),
     errno.ELOOP: ("its symbolic links lead in a circle", "mend them, or name another path"),
     errno.EROFS: ("its file system can only be read", "name another path, or mount it for writing"),

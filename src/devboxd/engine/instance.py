@@ -327,7 +327,7 @@ def _account_lock(path: Path) -> Iterator[None]:
             break
         except FileExistsError:
             if not attempts_left:
-                raise
+                raise OSError(errno.EEXIST, f"another program changes it and holds {lock}") from None
             if not _owner_lives(lock):
                 lock.unlink(missing_ok=True)
             else:
