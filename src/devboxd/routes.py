@@ -6,8 +6,8 @@ from devboxd.access import api as files
 from devboxd.devboxes import api as devboxes
 from devboxd.devboxes import evictions
 from devboxd.devboxes import snapshot_api as snapshots
+from devboxd.devboxes.logs import api as logs
 from devboxd.executions import api as executions
-from devboxd.executions import logs
 from devboxd.http.operation import Route
 from devboxd.resources import accounts, metrics
 

@@ -18,6 +18,7 @@ from devboxd.config import Settings
 from devboxd.devboxes.changes import Changes
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.logs.tail import LogTail
 from devboxd.devboxes.snapshots import Snapshots
 from devboxd.devboxes.supervisor import Means, Supervisor
 from devboxd.devboxes.warm import Warm
@@ -31,7 +32,6 @@ from devboxd.executions.journals import Journals
 from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
 from devboxd.executions.running import Executions
-from devboxd.executions.tailing import Tailing
 from devboxd.executions.watch import Watcher
 from devboxd.http.requests import Requests
 from devboxd.http.streams import Closing, Places
@@ -69,7 +69,7 @@ class Services:
     incidents: Incidents
     devboxes: Devboxes
     snapshots: Snapshots
-    tailing: Tailing
+    tailing: LogTail
 
     def all(self) -> list[object]:
         """Every part."""
@@ -115,7 +115,7 @@ async def build(
         parts = (store, engine, executions, changes, Supervisor(means), warm, closing, incidents)
         devboxes = Devboxes(*parts, retention_s=settings.retention_seconds)
         snapshots = Snapshots(store, engine, devboxes)
-        tailing = Tailing(devboxes, looking, incidents, boxes, journals, watcher, closing)
+        tailing = LogTail(devboxes, looking, incidents, boxes, journals, watcher, closing)
 
         metrics = Metrics()
         metrics.register(store, requests, places, executions, devboxes, changes, warm, incidents, snapshots)

@@ -12,9 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from devboxd.access.files import Files, OpenFile, Written
 from devboxd.access.uploads import Early, Upload
-from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.errors import ApiError
 from devboxd.executions.box import Box, Boxes
+from devboxd.executions.directory import DevboxDirectory
 from devboxd.executions.views import ExecutionDetailView
 from devboxd.http.operation import Call
 from devboxd.http.streams import Lasting, Places
@@ -64,7 +64,7 @@ class UploadFile(msgspec.Struct, frozen=True):
 
 
 async def read_file_contents(
-    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: ReadFile
+    devboxes: DevboxDirectory, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: ReadFile
 ) -> Annotated[Response, "text/plain", 403, 429, 504]:
     """The file as text/plain, byte for byte; up to 100 MB.
 
@@ -86,7 +86,7 @@ async def read_file_contents(
 
 
 async def write_file_contents(
-    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
+    devboxes: DevboxDirectory, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
 ) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
     """Create or replace a file with this text; missing parent directories are made.
 
@@ -116,7 +116,7 @@ async def write_file(
 
 
 async def upload_file(
-    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, early: Early, call: Call, devbox_id: str
+    devboxes: DevboxDirectory, boxes: Boxes, files: Files, places: Places, early: Early, call: Call, devbox_id: str
 ) -> Annotated[Response, 403, 429, 504, 507]:
     """Create or replace a file with the part `file` of a multipart body, at the path in the part `path`; streamed.
 
@@ -132,7 +132,13 @@ async def upload_file(
 
 
 async def download_file(
-    devboxes: Devboxes, boxes: Boxes, files: Files, places: Places, call: Call, devbox_id: str, body: DownloadFile
+    devboxes: DevboxDirectory,
+    boxes: Boxes,
+    files: Files,
+    places: Places,
+    call: Call,
+    devbox_id: str,
+    body: DownloadFile,
 ) -> Annotated[Response, "application/octet-stream", 403, 429, 504]:
     """The file's bytes, streamed, as an attachment.
 
@@ -188,7 +194,7 @@ async def _sent(
         raise
 
 
-async def _box(devboxes: Devboxes, boxes: Boxes, call: Call, devbox_id: str) -> Box:
+async def _box(devboxes: DevboxDirectory, boxes: Boxes, call: Call, devbox_id: str) -> Box:
     await devboxes.usable(call.account, devbox_id)
     return await boxes.reached(devbox_id)
 

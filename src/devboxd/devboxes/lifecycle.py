@@ -39,6 +39,7 @@ from devboxd.devboxes.views import (
 from devboxd.devboxes.warm import Warm
 from devboxd.engine.base import Engine, Figures
 from devboxd.errors import bad_request, not_found, refuse_when
+from devboxd.executions.directory import DevboxDirectory
 from devboxd.executions.running import Executions
 from devboxd.http.once import Once
 from devboxd.http.streams import Closing
@@ -59,7 +60,7 @@ _MORE_THAN_FULL = 16 << 20
 """What a full disk may hold beyond its size: its own folders, and what was counted late."""
 
 
-class Devboxes:
+class Devboxes(DevboxDirectory):
     """All devboxes of all accounts."""
 
     def __init__(

@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 from starlette.responses import Response
 
-from devboxd.devboxes.lifecycle import Devboxes
 from devboxd.errors import bad_request, timed_out
+from devboxd.executions.directory import DevboxDirectory
 from devboxd.executions.journals import Stream
 from devboxd.executions.looking import Looking
 from devboxd.executions.output import lines_wanted
@@ -45,7 +45,7 @@ class WaitForExecution(msgspec.Struct, frozen=True):
 
 
 async def execute(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     executions: Executions,
     looking: Looking,
     call: Call,
@@ -71,7 +71,7 @@ async def execute(
 
 
 async def execute_async(
-    devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteAsync
+    devboxes: DevboxDirectory, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteAsync
 ) -> Annotated[ExecutionView, 429]:
     """Start a command and return at once; with `attach_stdin` it reads what send_std_in gives it.
 
@@ -92,7 +92,7 @@ async def execute_async(
 
 
 async def execute_sync(
-    devboxes: Devboxes, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteSync
+    devboxes: DevboxDirectory, executions: Executions, looking: Looking, call: Call, devbox_id: str, body: ExecuteSync
 ) -> Annotated[ExecutionDetailView, 429]:
     """Run a command to its end, however long that takes.
 
@@ -107,7 +107,7 @@ async def execute_sync(
 
 
 async def retrieve_execution(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     looking: Looking,
     call: Call,
     devbox_id: str,
@@ -125,7 +125,7 @@ async def retrieve_execution(
 
 
 async def wait_for_execution(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     looking: Looking,
     call: Call,
     devbox_id: str,
@@ -152,7 +152,7 @@ async def wait_for_execution(
 
 
 async def kill_execution(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     executions: Executions,
     looking: Looking,
     call: Call,
@@ -173,7 +173,7 @@ async def kill_execution(
 
 
 async def send_std_in(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     executions: Executions,
     looking: Looking,
     call: Call,
@@ -200,7 +200,7 @@ async def send_std_in(
 
 
 async def stream_stdout_updates(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     looking: Looking,
     places: Places,
     call: Call,
@@ -220,7 +220,7 @@ async def stream_stdout_updates(
 
 
 async def stream_stderr_updates(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     looking: Looking,
     places: Places,
     call: Call,
@@ -240,7 +240,7 @@ async def stream_stderr_updates(
 
 
 async def _stream(
-    devboxes: Devboxes,
+    devboxes: DevboxDirectory,
     looking: Looking,
     places: Places,
     call: Call,
@@ -259,12 +259,14 @@ async def _stream(
     return events(looking.stream(row, stream, int(start), encoding == "base64"), places)
 
 
-async def _find(devboxes: Devboxes, looking: Looking, call: Call, devbox_id: str, execution_id: str) -> Execution:
+async def _find(
+    devboxes: DevboxDirectory, looking: Looking, call: Call, devbox_id: str, execution_id: str
+) -> Execution:
     await devboxes.get(call.account, devbox_id)
     return await looking.get(devbox_id, execution_id)
 
 
-async def _usable(devboxes: Devboxes, call: Call, devbox_id: str) -> None:
+async def _usable(devboxes: DevboxDirectory, call: Call, devbox_id: str) -> None:
     """Check that the devbox can run commands. A request that has begun one already is answered even after its end."""
     if call.once.ref is None:
         await devboxes.usable(call.account, devbox_id)

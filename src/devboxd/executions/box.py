@@ -17,7 +17,7 @@ from devboxd.agent.protocol import Entry, EntryState, EntryType, Stage
 from devboxd.concurrency.clock import Clock
 from devboxd.concurrency.waits import wait
 from devboxd.errors import ApiError
-from devboxd.executions.journals import Spool
+from devboxd.executions.live import LiveExecution
 from devboxd.executions.shells import SHELLS_MAX, Shell, shell_key
 from devboxd.executions.store import Execution
 
@@ -27,36 +27,6 @@ _PATIENCE_S = 5.0
 """How long a request waits for an agent that is being connected, before it is told to come again."""
 _COMPLAINTS = 10
 _COMPLAINTS_S = 1.0
-
-
-@dataclass(eq=False)
-class Running:
-    """An execution that has not completed: its row and those who wait for it."""
-
-    row: Execution
-    committed: bool = True
-    """Whether the row is in the store; nothing may be done with the command before."""
-    killed: bool = False
-    """A kill was asked for: a command of which the agent was not told yet never starts."""
-    ending: bool = False
-    told: asyncio.Event = field(default_factory=asyncio.Event)
-    """The agent knows the command, or never will."""
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    wakes: set[asyncio.Event] = field(default_factory=set)
-    stdin: asyncio.Lock = field(default_factory=asyncio.Lock)
-    spool: Spool | None = None
-    position: int = 0
-
-    def changed(self, row: Execution) -> None:
-        """Take the new row and wake everybody who waits for a change."""
-        self.row = row
-        for event in self.wakes:
-            event.set()
-
-    def ended(self) -> None:
-        """Release everybody who waits for the agent's knowledge or for the end."""
-        self.told.set()
-        self.done.set()
 
 
 @dataclass(eq=False)
@@ -80,7 +50,7 @@ class Box:
     """The keys of named shells that are thought to live, the one used last at the end."""
     leaving: dict[str, asyncio.Event] = field(default_factory=dict)
     """The keys of idle shells that are being ended; the event comes with the end."""
-    running: dict[str, Running] = field(default_factory=dict)
+    running: dict[str, LiveExecution] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     """The connections and transfers that are open at this moment, by kind."""
     touched_ms: int = 0
@@ -258,7 +228,7 @@ class Boxes:
             raise unreachable(box_id)
         return box
 
-    def running(self, row: Execution) -> Running | None:
+    def running(self, row: Execution) -> LiveExecution | None:
         """What is known of an execution that has not completed."""
         box = self._boxes.get(row.devbox_id)
         return None if box is None else box.running.get(row.id)

@@ -11,8 +11,9 @@ from contextlib import ExitStack, aclosing
 from devboxd.concurrency.waits import wait
 from devboxd.errors import bad_request, not_found
 from devboxd.executions import store as rows
-from devboxd.executions.box import Boxes, Running, unreachable
+from devboxd.executions.box import Boxes, unreachable
 from devboxd.executions.journals import Journals, Stream
+from devboxd.executions.live import LiveExecution
 from devboxd.executions.output import follow, tail
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.executions.views import Chunk, ExecutionDetailView, ExecutionView, view_of
@@ -71,7 +72,7 @@ class Looking:
 
         Also one that has ended is waited for: who is answered at once asks again at once.
         """
-        running = self._boxes.running(row) or Running(await self.by_id(row.id))
+        running = self._boxes.running(row) or LiveExecution(await self.by_id(row.id))
         event = asyncio.Event()
         running.wakes.add(event)
         deadline = time.monotonic() + seconds

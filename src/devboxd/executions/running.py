@@ -29,8 +29,9 @@ from devboxd.concurrency.tasks import Tasks
 from devboxd.concurrency.waits import wait
 from devboxd.errors import ApiError, bad_request, conflict
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
+from devboxd.executions.box import Box, Boxes, patient, unreachable
 from devboxd.executions.journals import Journals
+from devboxd.executions.live import LiveExecution
 from devboxd.executions.looking import Looking
 from devboxd.executions.records import Records
 from devboxd.executions.shells import (
@@ -120,7 +121,7 @@ class Executions:
         if (known := self._boxes.find(box.id)) is not None:
             return known
         for row in await self._store.read(lambda c: rows.unfinished(c, box.id)):
-            self._register(box, Running(row))
+            self._register(box, LiveExecution(row))
             if row.shell_name is not None:
                 box.shell(row.shell_name).queue.append(box.running[row.id])
             else:
@@ -190,11 +191,11 @@ class Executions:
             pass
         await asyncio.to_thread(self._journals.remove, devbox_id)
 
-    def _register(self, box: Box, running: Running) -> None:
+    def _register(self, box: Box, running: LiveExecution) -> None:
         box.running[running.row.id] = running
         self._running += 1
 
-    def _forget(self, box: Box, running: Running) -> None:
+    def _forget(self, box: Box, running: LiveExecution) -> None:
         if box.running.pop(running.row.id, None) is not None:
             self._running -= 1
 
@@ -233,7 +234,7 @@ class Executions:
             own_id, box.id, handle or own_id, purpose, command, shell_name, attach_stdin, RUNNING,
             None, None, None, None, False, False, 0, False, now_ms(), None,
         )  # fmt: skip
-        running = Running(row, committed=False)
+        running = LiveExecution(row, committed=False)
         self._register(box, running)
         begin = (
             self._begin(box, running, once, answers)
@@ -251,13 +252,15 @@ class Executions:
                 raise
             return known
 
-    async def _begin(self, box: Box, running: Running, once: Once | None, answers: bool) -> Execution:
+    async def _begin(self, box: Box, running: LiveExecution, once: Once | None, answers: bool) -> Execution:
         """Commit and tell. A task of its own: a caller that gives up leaves nothing half done."""
         if await self._commit(box, running, once, answers):
             await self._tell(box, running)
         return running.row
 
-    async def _queue(self, box: Box, shell: Shell, running: Running, once: Once | None, answers: bool) -> Execution:
+    async def _queue(
+        self, box: Box, shell: Shell, running: LiveExecution, once: Once | None, answers: bool
+    ) -> Execution:
         async with shell.order:
             running.row = msgspec.structs.replace(running.row, status=QUEUED if shell.busy else RUNNING)
             if await self._commit(box, running, once, answers):
@@ -265,7 +268,7 @@ class Executions:
                 self._work(box, shell)
         return running.row
 
-    async def _commit(self, box: Box, running: Running, once: Once | None, answers: bool) -> bool:
+    async def _commit(self, box: Box, running: LiveExecution, once: Once | None, answers: bool) -> bool:
         """Make the journals and write the row; whether the command may run. When it raises, nothing is left."""
         row = running.row
         answer = msgspec.json.encode(view_of(row, "", "", False, False)) if answers else None
@@ -339,7 +342,7 @@ class Executions:
 
     # -- telling the agent ---------------------------------------------------------------------------------------
 
-    async def _tell(self, box: Box, running: Running) -> None:
+    async def _tell(self, box: Box, running: LiveExecution) -> None:
         """Hand a command to the agent, however often the connection breaks. One that cannot start completes."""
         row = running.row
         while running.row.status != COMPLETED and (agent := await box.reach()) is not None:
@@ -373,7 +376,7 @@ class Executions:
 
             await begin(box, READ_SCRIPT, text, spawn, root=row.purpose == SETUP)
 
-    async def _cannot_start(self, box: Box, running: Running, error: AgentError | OSError) -> None:
+    async def _cannot_start(self, box: Box, running: LiveExecution, error: AgentError | OSError) -> None:
         missing = isinstance(error, AgentError) and error.errno == errno.ENOENT
         why = f"{error}\n" if isinstance(error, AgentError) else f"cannot start the command: {error}\n"
         try:
@@ -420,7 +423,7 @@ class Executions:
         return dataclasses.replace(event, stderr_length=len(words))
 
     async def _complete(
-        self, box: Box, running: Running, status: int, *, error: str | None = None, event: ExitEvent | None = None
+        self, box: Box, running: LiveExecution, status: int, *, error: str | None = None, event: ExitEvent | None = None
     ) -> None:
         """Store the end of an execution and tell everybody; the first that calls decides which end it is."""
         if running.ending:

@@ -7,10 +7,8 @@ import hashlib
 import shlex
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from devboxd.executions.box import Running
+from devboxd.executions.live import LiveExecution
 
 SHELLS_MAX = 32
 """Most named shells that live in one devbox; the agent has room for 64 shells and terminals together."""
@@ -268,7 +266,7 @@ class Shell:
         self.key = shell_key(name)
         self.order = asyncio.Lock()
         """Held from the choice of a status to its commit, so that the queue has the order of the commits."""
-        self.queue: deque[Running] = deque()
+        self.queue: deque[LiveExecution] = deque()
         self.worker: asyncio.Task[None] | None = None
         self.failed = False
         """An error of a command ended the bash; the next command says so."""
@@ -278,7 +276,7 @@ class Shell:
         """Whether a new command has to wait."""
         return bool(self.queue)
 
-    def drop(self, running: Running) -> bool:
+    def drop(self, running: LiveExecution) -> bool:
         """Take a waiting command out of the queue; whether it was waiting."""
         if running in self.queue and self.queue[0] is not running:
             self.queue.remove(running)

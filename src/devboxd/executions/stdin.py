@@ -18,8 +18,9 @@ from devboxd.agent.client import AgentClient, AgentClosedError, AgentError
 from devboxd.agent.protocol import Scope
 from devboxd.concurrency.threads import finished
 from devboxd.executions import store as rows
-from devboxd.executions.box import Box, Boxes, Running, patient, unreachable
+from devboxd.executions.box import Box, Boxes, patient, unreachable
 from devboxd.executions.journals import Journals, Spool
+from devboxd.executions.live import LiveExecution
 from devboxd.executions.store import COMPLETED, Execution
 from devboxd.http.once import Once
 from devboxd.store.db import Store
@@ -56,7 +57,7 @@ class Stdin:
                 return await self._interrupt(box, running, once)
             return await self._feed(box, running, content or b"", signal == "EOF", once)
 
-    async def tell(self, agent: AgentClient, running: Running) -> None:
+    async def tell(self, agent: AgentClient, running: LiveExecution) -> None:
         """Tell the agent how much stdin there is; a reader that is gone or not there yet needs nothing."""
         row = running.row
         if not row.attach_stdin or not (row.stdin_length or row.stdin_eof):
@@ -66,7 +67,7 @@ class Stdin:
         except (AgentError, AgentClosedError) as error:
             _log.debug("stdin was not told", execution=row.id, error=str(error))
 
-    async def remove(self, running: Running) -> None:
+    async def remove(self, running: LiveExecution) -> None:
         """Nobody will read the spool any more but who has it open already: give its disk space back."""
         if not running.row.attach_stdin:
             return
@@ -76,7 +77,7 @@ class Stdin:
                 running.spool = None
             self._journals.remove_spool(running.row.devbox_id, running.row.id)
 
-    async def _interrupt(self, box: Box, running: Running, once: Once) -> bool:
+    async def _interrupt(self, box: Box, running: LiveExecution, once: Once) -> bool:
         try:
             await patient(partial(box.agent.signal, running.row.id, _SIGINT, Scope.GROUP))
         except (AgentError, AgentClosedError):
@@ -84,7 +85,7 @@ class Stdin:
         await self._store.write(lambda c: once.bind(c, running.row.id), synced=False)
         return True
 
-    async def _feed(self, box: Box, running: Running, content: str | bytes, eof: bool, once: Once) -> bool:
+    async def _feed(self, box: Box, running: LiveExecution, content: str | bytes, eof: bool, once: Once) -> bool:
         row = running.row
         if row.status == COMPLETED or row.stdin_eof:
             return eof and row.stdin_eof and row.status != COMPLETED
@@ -102,7 +103,7 @@ class Stdin:
             await self.tell(box.agent, running)
         return True
 
-    async def _has_room(self, box: Box, running: Running, length: int) -> bool:
+    async def _has_room(self, box: Box, running: LiveExecution, length: int) -> bool:
         """Whether a spool of this length is not too far ahead of its reader, who must be there still."""
         if running.told.is_set():
             try:
@@ -113,7 +114,7 @@ class Stdin:
                 raise unreachable(box.id) from error
         return length - running.position <= STDIN_AHEAD and running.row.status != COMPLETED
 
-    async def _keep(self, running: Running, content: str | bytes) -> bool:
+    async def _keep(self, running: LiveExecution, content: str | bytes) -> bool:
         row = running.row
         try:
             if running.spool is None:
@@ -125,7 +126,7 @@ class Stdin:
             return False
         return True
 
-    def _moved(self, running: Running, position: int) -> None:
+    def _moved(self, running: LiveExecution, position: int) -> None:
         """What the agent says comes from the box: it cannot have read more than there is."""
         running.position = max(running.position, min(position, running.row.stdin_length))
 

@@ -94,7 +94,7 @@ TAGS = {
     "Executions": ("executions.api",),
     "Files": ("access.api",),
     "Snapshots": ("devboxes.snapshot_api",),
-    "Logs": ("executions.logs",),
+    "Logs": ("devboxes.logs.api",),
     "Account": ("resources.accounts",),
     "Server": ("resources.metrics", "http.pages"),
 }

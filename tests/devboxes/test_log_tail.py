@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devboxd.executions.tailing import whole_lines
+from devboxd.devboxes.logs.tail import whole_lines
 from support.api import Api
 from support.reader import LogReader
 from support.server import Server

@@ -16,12 +16,12 @@ import msgspec
 from devboxd.concurrency.waits import wait
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
+from devboxd.devboxes.logs import entries
+from devboxd.devboxes.logs.entries import LogEntry
 from devboxd.devboxes.states import TERMINAL
 from devboxd.devboxes.store import Devbox
 from devboxd.errors import ApiError
-from devboxd.executions import entries
 from devboxd.executions.box import Boxes
-from devboxd.executions.entries import LogEntry
 from devboxd.executions.journals import BLOCK, Journals, Stream
 from devboxd.executions.looking import UNWATCHED_S, Looking
 from devboxd.executions.output import whole_characters
@@ -46,7 +46,7 @@ class _Follower:
     positions: dict[Stream, int] = field(default_factory=lambda: dict.fromkeys(_STREAMS, 0))
 
 
-class Tailing:
+class LogTail:
     """Gives the streams of logs."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Tailing:
 class _Tail:
     """One reader's place in the log of a devbox."""
 
-    def __init__(self, parts: Tailing, devbox: Devbox, handle: str | None, shell_name: str | None) -> None:
+    def __init__(self, parts: LogTail, devbox: Devbox, handle: str | None, shell_name: str | None) -> None:
         self._parts = parts
         self._devbox = devbox
         self._handle = handle

@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from devboxd.devboxes.incidents import Incidents
 from devboxd.devboxes.lifecycle import Devboxes
-from devboxd.executions import entries
-from devboxd.executions.entries import LogEntry
+from devboxd.devboxes.logs import entries
+from devboxd.devboxes.logs.entries import LogEntry
+from devboxd.devboxes.logs.tail import LogTail
 from devboxd.executions.looking import Looking
-from devboxd.executions.tailing import Tailing
 from devboxd.http.operation import Call
 from devboxd.http.parameters import OfExecution, OfShell
 from devboxd.http.streams import Places, events
@@ -59,7 +59,7 @@ async def list_logs(
 async def tail_logs(
     devboxes: Devboxes,
     looking: Looking,
-    tailing: Tailing,
+    tailing: LogTail,
     places: Places,
     call: Call,
     devbox_id: str,
