@@ -1,4 +1,4 @@
-"""Write docs/reference/settings.md, cli.md and operations.md from the program itself.
+"""Write docs/reference/settings.md, cli.md and operations.md, and docs/explanation/states.md, from the program itself.
 
 Usage: generate_reference.py [--check]. With --check nothing is written; the exit code is 1 when a page is out of date.
 """
@@ -19,12 +19,13 @@ import msgspec
 from devboxd import config
 from devboxd.cli import cli
 from devboxd.config import PREFIX, Settings
+from devboxd.devboxes.states import TABLE, TERMINAL, WORK, Event, Refusal, Status, Transition
 from devboxd.http import openapi
 from devboxd.http.binding import Route
 from devboxd.routes import ROUTES
 from devboxd.unimplemented import UNIMPLEMENTED
 
-FOLDER = Path(__file__).parent.parent / "docs" / "reference"
+FOLDER = Path(__file__).parent.parent / "docs"
 _MADE = "<!-- Made by scripts/generate_reference.py; do not edit. -->\n"
 _WIDTH = 100
 
@@ -110,10 +111,45 @@ def _row(route: Route) -> str:
     return f"| `{route.method} {route.path}` | {words.replace('|', chr(92) + '|')} | {'yes' if route.once else ''} |\n"
 
 
+def states() -> str:
+    """The page on the states of a devbox: the diagram, the work of each status, and every pair of the table."""
+    edges: dict[tuple[Status, Status], list[str]] = {}
+    for event, row in TABLE.items():
+        for status, found in row.items():
+            if isinstance(found, Transition) and found.status is not status:
+                edges.setdefault((status, found.status), []).append(event.value)
+    arrows = "".join(f"    {was} --> {now}: {', '.join(events)}\n" for (was, now), events in edges.items())
+    ends = "".join(f"    {status} --> [*]\n" for status in Status if status in TERMINAL)
+    work = "".join(f"| `{status}` | {WORK[status].replace('_', ' ')} |\n" for status in Status)
+    heads = " | ".join(f"`{status}`" for status in Status)
+    rows = "".join(f"| {event.value} | {' | '.join(_pair(event, status) for status in Status)} |\n" for event in Event)
+    return (
+        "# The states of a devbox\n\n" + _MADE + "\nEvery change of a devbox is an event. `devboxes/states.py` says "
+        "what it means in each status; `devboxes/changes.py` writes\nthat; `devboxes/supervisor.py` does the work of "
+        "the status that comes of it. A server that was killed finds the status\nin the store and goes on with its "
+        "work.\n\n"
+        f"```mermaid\nstateDiagram-v2\n    [*] --> provisioning\n{arrows}{ends}```\n\n"
+        f"| status | work of its supervisor |\n|---|---|\n{work}\n"
+        "## Every pair\n\nA number is the status of the answer to a request that is refused; `=` changes nothing; an "
+        "empty cell is an event that\nthe server never raises in that status, and InvalidTransition when it does.\n\n"
+        f"| event | {heads} |\n|---|{'---|' * len(Status)}\n{rows}"
+    )
+
+
+def _pair(event: Event, status: Status) -> str:
+    found = TABLE[event].get(status)
+    if found is None:
+        return ""
+    if isinstance(found, Refusal):
+        return str(found.code)
+    return "=" if found.status is status else found.status.value
+
+
 PAGES: dict[str, Callable[[], str]] = {
-    "settings.md": settings,
-    "cli.md": command_line,
-    "operations.md": operations,
+    "reference/settings.md": settings,
+    "reference/cli.md": command_line,
+    "reference/operations.md": operations,
+    "explanation/states.md": states,
 }
 
 
@@ -132,7 +168,7 @@ def main() -> int:
     for name in stale:
         if "--check" not in sys.argv:
             (FOLDER / name).write_text(PAGES[name](), encoding="utf-8")
-        print(f"{'out of date' if '--check' in sys.argv else 'written'}: docs/reference/{name}")
+        print(f"{'out of date' if '--check' in sys.argv else 'written'}: docs/{name}")
     return 1 if stale and "--check" in sys.argv else 0
 
 

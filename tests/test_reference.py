@@ -26,7 +26,9 @@ def _generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["settings.md", "cli.md", "operations.md"])
+@pytest.mark.parametrize(
+    "page", [*(f"reference/{n}.md" for n in ("settings", "cli", "operations")), "explanation/states.md"]
+)
 def test_the_reference_is_up_to_date(page: str) -> None:
     generator = _generator()
     assert page in generator.PAGES

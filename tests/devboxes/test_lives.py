@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 
 from devboxd.config import Settings
 from devboxd.devboxes import store as rows
+from devboxd.devboxes.changes import Life
 from devboxd.devboxes.snapshot_store import COMPLETE
 from devboxd.devboxes.snapshots import Snapshots
-from devboxd.devboxes.states import Event
+from devboxd.devboxes.states import Event, Work
 from devboxd.engine.base import BoxSpec, Image
 from devboxd.engine.images import Images
 from devboxd.executions import store as execution_rows
@@ -326,3 +328,31 @@ async def test_nothing_of_one_is_written_before_its_row(house: House, monkeypatc
     assert row == await house.get(box)
     assert row is not None
     assert [step.status for step in row.transitions] == ["provisioning", "initializing", "running"]
+
+
+async def test_each_work_of_the_table_is_performed_once(house: House) -> None:
+    """In one life with everything in it, by the real supervisor; the server wrote each effect once, too."""
+    performed: Counter[Work] = Counter()
+    performers = house.devboxes._supervisor.performers
+    for work, perform in list(performers.items()):
+
+        async def counted(life: Life, work: Work = work, perform: Any = perform) -> None:
+            performed[work] += 1
+            await perform(life)
+
+        performers[work] = counted
+    box = await house.create(file_mounts={"f": "x"}, entrypoint="sleep 1000")
+    await house.ask(box, Event.SUSPEND_ASKED)
+    await house.reached(box, "suspended")
+    before = dict.fromkeys([Work.BOOT, Work.PREPARE, Work.RUN_ENTRYPOINT, Work.SUSPEND], 1)
+    assert {work: performed[work] for work in before} == before
+    assert (await house.get(box)).boots == 0
+    await house.ask(box, Event.RESUME_ASKED)
+    await house.reached(box, "running")
+    assert (await house.get(box)).boots == 1
+    await house.ask(box, Event.SHUTDOWN_ASKED)
+    while not (await house.get(box)).disk_freed:  # noqa: ASYNC110 (nothing is told when a disk is free)
+        await asyncio.sleep(0.01)
+    assert performed == Counter(
+        {Work.BOOT: 2, Work.PREPARE: 1, Work.RUN_ENTRYPOINT: 2, Work.SUSPEND: 1, Work.STAY_SUSPENDED: 1, Work.FREE: 1}
+    )

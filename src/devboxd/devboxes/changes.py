@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from devboxd.concurrency.clock import Clock
 from devboxd.devboxes import store as rows
-from devboxd.devboxes.states import LIVE, SHUTDOWN_REASONS, TERMINAL, Effect, Event, Move, Refusal, Status, step
+from devboxd.devboxes.states import LIVE, SHUTDOWN_REASONS, TERMINAL, Effect, Event, Refusal, Status, Transition, step
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import DEFAULT_LIFE_S, LaunchParameters, StateTransition, idle_policy
 from devboxd.errors import ApiError
@@ -27,6 +27,8 @@ from devboxd.store.retry import retry_until_stored
 
 _log = structlog.get_logger()
 _NEVER_MS = 1 << 60
+_TOLD = 5
+"""So many of its last statuses a fault names."""
 _LOST_WITH_POWER = frozenset({Event.BOOTED, Event.PREPARED, Event.READY})
 """What a power failure takes away together with the box itself; so storing it need not wait for the disk."""
 
@@ -60,6 +62,8 @@ class Life:
     """Held by whoever thaws its processes or ends them."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     wakes: set[asyncio.Event] = field(default_factory=set)
+    image: str | None = None
+    """The name of the image of which its box was made, until that is stored."""
     supervisor: asyncio.Task[None] | None = None
     frozen: bool = False
     """It is suspended and its processes are still there."""
@@ -107,40 +111,37 @@ class Changes:
         """
         async with life.lock:
             devbox = life.devbox
-            move = step(devbox.status, event)
-            if isinstance(move, Refusal):
-                raise refused(devbox, event.removesuffix("_asked"), move)
+            transition = step(devbox.status, event, [passed.status for passed in devbox.transitions[-_TOLD:]])
+            if isinstance(transition, Refusal):
+                raise refused(devbox, event.removesuffix("_asked"), transition)
             now = self.clock.now_ms()
-            values: dict[str, Any] = more if move.status != devbox.status else {}
-            if Effect.RESET_DEADLINE in move.effects:
-                values["deadline_ms"] = deadline(devbox.launch_parameters, now)
-                values["idle_since_ms"] = None
-            if Effect.BOOT in move.effects:
-                values["boots"] = devbox.boots + 1
-            if move.status != devbox.status:
+            values: dict[str, Any] = more if transition.status != devbox.status else {}
+            for effect in transition.effects:
+                values |= _WRITTEN[effect](devbox, now)
+            if transition.status != devbox.status:
                 text = failure.text if failure else None
-                values["status"] = move.status
-                passed = [] if move.through is None else [StateTransition(move.through, now)]
-                values["transitions"] = [*devbox.transitions, *passed, StateTransition(move.status, now, text)]
-                values["prepared"] = devbox.prepared or move.status == Status.RUNNING
+                values["status"] = transition.status
+                passed = [] if transition.through is None else [StateTransition(transition.through, now)]
+                values["transitions"] = [*devbox.transitions, *passed, StateTransition(transition.status, now, text)]
+                values["prepared"] = devbox.prepared or transition.status == Status.RUNNING
                 values["idle_since_ms"] = None
-                if move.status in TERMINAL:
+                if transition.status in TERMINAL:
                     values["end_time_ms"] = now
-                    values["shutdown_reason"] = move.shutdown_reason
+                    values["shutdown_reason"] = transition.shutdown_reason
                     values["failure_reason"] = failure.reason if failure else None
             if values:
                 change = partial(changed, devbox=devbox, once=once, **values)
                 life.update(await self._store.write(change, synced=event not in _LOST_WITH_POWER))
-                if move.status != devbox.status:
-                    self._count(devbox, event, move, failure)
-                _log.info("devbox", id=devbox.id, was=devbox.status, status=move.status, by=event)
+                if transition.status != devbox.status:
+                    self._count(devbox, event, transition, failure)
+                _log.info("devbox", id=devbox.id, was=devbox.status, status=transition.status, by=event)
 
-    def _count(self, devbox: Devbox, event: Event, move: Move, failure: BoxFailure | None) -> None:
-        if move.status in TERMINAL:
-            self._ended[move.status, move.shutdown_reason or (failure.reason if failure else "")] += 1
+    def _count(self, devbox: Devbox, event: Event, transition: Transition, failure: BoxFailure | None) -> None:
+        if transition.status in TERMINAL:
+            self._ended[transition.status, transition.shutdown_reason or (failure.reason if failure else "")] += 1
         elif event is Event.SUSPENDED:
             self._suspended += 1
-        elif move.status is Status.RUNNING and (devbox.boots > 0 or event is Event.THAWED):
+        elif transition.status is Status.RUNNING and (devbox.boots > 0 or event is Event.THAWED):
             self._resumed += 1
 
     async def happen(self, life: Life, event: Event, failure: BoxFailure | None = None, **more: Any) -> None:
@@ -171,6 +172,18 @@ def deadline(launch: LaunchParameters, now: int) -> int:
     if idle_policy(launch) is not None:
         return _NEVER_MS
     return now + (launch.keep_alive_time_seconds or DEFAULT_LIFE_S) * 1000
+
+
+def _with_new_deadline(devbox: Devbox, now: int) -> dict[str, Any]:
+    return {"deadline_ms": deadline(devbox.launch_parameters, now), "idle_since_ms": None}
+
+
+def _with_one_boot_more(devbox: Devbox, _: int) -> dict[str, Any]:
+    return {"boots": devbox.boots + 1}
+
+
+_WRITTEN = {Effect.RESET_DEADLINE: _with_new_deadline, Effect.COUNT_BOOT: _with_one_boot_more}
+"""The columns of each effect, of a devbox at a time."""
 
 
 def refused(devbox: Devbox, verb: str, refusal: Refusal) -> ApiError:

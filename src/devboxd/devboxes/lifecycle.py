@@ -256,9 +256,9 @@ class Devboxes(DevboxDirectory):
     async def usable(self, account: str, devbox_id: str) -> Devbox:
         """The devbox, when commands and files can be used in it; 400 that says what to do otherwise."""
         devbox = await self.get(account, devbox_id)
-        move = step(devbox.status, Event.USE_ASKED)
-        if isinstance(move, Refusal):
-            raise refused(devbox, "use", move)
+        transition = step(devbox.status, Event.USE_ASKED)
+        if isinstance(transition, Refusal):
+            raise refused(devbox, "use", transition)
         self._touch(devbox_id)
         return devbox
 
@@ -315,9 +315,9 @@ class Devboxes(DevboxDirectory):
         devbox = await self.get(account, devbox_id)
         life = self._lives.get(devbox_id)
         if life is None:
-            move = step(devbox.status, event)
-            if isinstance(move, Refusal):
-                raise refused(devbox, event.removesuffix("_asked"), move)
+            transition = step(devbox.status, event)
+            if isinstance(transition, Refusal):
+                raise refused(devbox, event.removesuffix("_asked"), transition)
             return devbox
         if event is Event.KEEP_ALIVE_ASKED:
             self._touch(devbox_id)
@@ -338,9 +338,9 @@ class Devboxes(DevboxDirectory):
     async def life(self, account: str, devbox_id: str, event: Event) -> Life:
         """The devbox for a use of it that the table allows in its status. Raises the refusal of the table."""
         devbox = await self.get(account, devbox_id)
-        move = step(devbox.status, event)
-        if isinstance(move, Refusal):
-            raise refused(devbox, event.removesuffix("_asked"), move)
+        transition = step(devbox.status, event)
+        if isinstance(transition, Refusal):
+            raise refused(devbox, event.removesuffix("_asked"), transition)
         self._touch(devbox_id)
         return self._lives[devbox_id]
 

@@ -1,11 +1,12 @@
-"""The states of a devbox as data: (status, event) gives the next status and what has to be done, or a refusal.
+"""The states of a devbox as data: (status, event) gives a transition or a refusal, and each status its work.
 
-Nothing here has an effect. `lifecycle.py` performs the effects, in the order in which they are listed.
+Nothing here has an effect. `changes.py` writes a transition with its effects; `supervisor.py` does the work of the
+status that a devbox has come to, or in which a server found it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -61,19 +62,38 @@ class Event(StrEnum):
 
 
 class Effect(StrEnum):
-    """What has to be done after a transition."""
+    """What is written together with the new status."""
 
-    PREPARE = "prepare"
-    START_ENTRYPOINT = "start_entrypoint"
-    SUSPEND = "suspend"
-    BOOT = "boot"
+    COUNT_BOOT = "count_boot"
     RESET_DEADLINE = "reset_deadline"
+
+
+class Work(StrEnum):
+    """What the supervisor does for a devbox in a status, until an event ends that."""
+
+    BOOT = "boot"
+    PREPARE = "prepare"
+    RUN_ENTRYPOINT = "run_entrypoint"
+    SUSPEND = "suspend"
+    STAY_SUSPENDED = "stay_suspended"
     FREE = "free"
 
 
+WORK: Mapping[Status, Work] = {
+    Status.PROVISIONING: Work.BOOT,
+    Status.INITIALIZING: Work.PREPARE,
+    Status.RUNNING: Work.RUN_ENTRYPOINT,
+    Status.SUSPENDING: Work.SUSPEND,
+    Status.SUSPENDED: Work.STAY_SUSPENDED,
+    Status.FAILURE: Work.FREE,
+    Status.SHUTDOWN: Work.FREE,
+}
+"""The work of each status. A server that finds a devbox in the middle of one goes on with it."""
+
+
 @dataclass(frozen=True)
-class Move:
-    """A legal pair: the next status (the same one where nothing changes), the effects, the reason of an end.
+class Transition:
+    """A legal pair: the next status (the same one where nothing changes), what is written with it, why it ends.
 
     `through`: a status that it passes without staying there.
     """
@@ -93,57 +113,69 @@ class Refusal:
 
 
 class InvalidTransition(Exception):
-    """An event that the server itself may not raise in this status: a fault of the server, told with its story."""
+    """An event that the server itself may not raise in this status: a fault of the server.
 
-    def __init__(self, status: Status, event: Event) -> None:
-        super().__init__(f"the event {event} is not possible while a devbox is {status}")
+    `history`: the last statuses of the devbox, oldest first.
+    """
+
+    def __init__(self, status: Status, event: Event, history: Sequence[str] = ()) -> None:
+        before = f" (it was {', '.join(history)})" if history else ""
+        super().__init__(f"the event {event} is not possible while a devbox is {status}{before}")
         self.status = status
         self.event = event
+        self.history = tuple(history)
 
 
 P, I, R, U, Z, F, S = Status  # noqa: E741
 _ENDED = "it has ended; create another devbox"
 _NOT_YET = "wait for the status running"
-_UNCHANGED: dict[Status, Move | Refusal] = {F: Move(F), S: Move(S)}
-_OVER: dict[Status, Move | Refusal] = {F: Refusal(400, _ENDED), S: Refusal(400, _ENDED)}
+_UNCHANGED: dict[Status, Transition | Refusal] = {F: Transition(F), S: Transition(S)}
+_OVER: dict[Status, Transition | Refusal] = {F: Refusal(400, _ENDED), S: Refusal(400, _ENDED)}
 _STARTING = Refusal(400, "it is not suspended; wait for the status running")
 
 
-def _end(reason: str, *statuses: Status) -> dict[Status, Move | Refusal]:
-    move = Move(S, (Effect.FREE,), reason)
-    return {status: move for status in statuses} | _UNCHANGED
+def _end(reason: str, *statuses: Status) -> dict[Status, Transition | Refusal]:
+    transition = Transition(S, shutdown_reason=reason)
+    return {status: transition for status in statuses} | _UNCHANGED
 
 
-def _fail() -> dict[Status, Move | Refusal]:
+def _fail() -> dict[Status, Transition | Refusal]:
     """A disk that sleeps, or is being put to sleep, is not lost with the processes."""
-    move = Move(F, (Effect.FREE,))
-    return {P: move, I: move, R: move, U: Move(Z), Z: Move(Z), **_UNCHANGED}
+    transition = Transition(F)
+    return {P: transition, I: transition, R: transition, U: Transition(Z), Z: Transition(Z), **_UNCHANGED}
 
 
-def _only_running(move: Move) -> dict[Status, Move | Refusal]:
+def _only_running(transition: Transition) -> dict[Status, Transition | Refusal]:
     falling, asleep = Refusal(400, "wait for the status suspended, then resume it"), Refusal(400, "resume it first")
-    return {P: Refusal(400, _NOT_YET), I: Refusal(400, _NOT_YET), R: move, U: falling, Z: asleep, **_OVER}
+    return {P: Refusal(400, _NOT_YET), I: Refusal(400, _NOT_YET), R: transition, U: falling, Z: asleep, **_OVER}
 
 
-_SUSPEND = Move(U, (Effect.SUSPEND,))
+_SUSPEND = Transition(U)
 _SNAPSHOT_RUNS = Refusal(409, "a snapshot of it is being taken; wait for that, or use force=true")
 
-TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
-    Event.BOOTED: {P: Move(I, (Effect.PREPARE,)), **_UNCHANGED},
-    Event.PREPARED: {I: Move(R, (Effect.START_ENTRYPOINT,)), **_UNCHANGED},
-    Event.READY: {P: Move(R, (Effect.START_ENTRYPOINT,), through=I), **_UNCHANGED},
+TABLE: Mapping[Event, Mapping[Status, Transition | Refusal]] = {
+    Event.BOOTED: {P: Transition(I), **_UNCHANGED},
+    Event.PREPARED: {I: Transition(R), **_UNCHANGED},
+    Event.READY: {P: Transition(R, through=I), **_UNCHANGED},
     Event.FAILED: _fail(),
-    Event.RESUME_FAILED: {P: Move(Z), I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
+    Event.RESUME_FAILED: {
+        P: Transition(Z),
+        I: Transition(Z),
+        R: Transition(Z),
+        U: Transition(Z),
+        Z: Transition(Z),
+        **_UNCHANGED,
+    },
     Event.BOX_ENDED: _fail(),
-    Event.HOST_STOPS: {P: Move(P), I: _SUSPEND, R: _SUSPEND, U: Move(U), Z: Move(Z), **_UNCHANGED},
-    Event.HOST_RESTARTED: {I: Move(Z), R: Move(Z), U: Move(Z), Z: Move(Z), **_UNCHANGED},
-    Event.DISK_LOST: {status: Move(F, (Effect.FREE,)) for status in (P, I, R, U, Z)} | _UNCHANGED,
-    Event.ENTRYPOINT_ENDED: {**_end("entrypoint_exit", R), U: Move(U), Z: Move(Z)},
-    Event.DEADLINE_PASSED: {**_end("keep_alive_timeout", P, I, R), U: Move(U), Z: Move(Z)},
-    Event.IDLE_TO_SHUTDOWN: {**_end("idle", R), U: Move(U), Z: Move(Z)},
-    Event.IDLE_TO_SUSPEND: {R: _SUSPEND, U: Move(U), Z: Move(Z), **_UNCHANGED},
-    Event.SUSPENDED: {U: Move(Z), Z: Move(Z), **_UNCHANGED},
-    Event.THAWED: {Z: Move(R, (Effect.RESET_DEADLINE,)), **_OVER},
+    Event.HOST_STOPS: {P: Transition(P), I: _SUSPEND, R: _SUSPEND, U: Transition(U), Z: Transition(Z), **_UNCHANGED},
+    Event.HOST_RESTARTED: {I: Transition(Z), R: Transition(Z), U: Transition(Z), Z: Transition(Z), **_UNCHANGED},
+    Event.DISK_LOST: {status: Transition(F) for status in (P, I, R, U, Z)} | _UNCHANGED,
+    Event.ENTRYPOINT_ENDED: {**_end("entrypoint_exit", R), U: Transition(U), Z: Transition(Z)},
+    Event.DEADLINE_PASSED: {**_end("keep_alive_timeout", P, I, R), U: Transition(U), Z: Transition(Z)},
+    Event.IDLE_TO_SHUTDOWN: {**_end("idle", R), U: Transition(U), Z: Transition(Z)},
+    Event.IDLE_TO_SUSPEND: {R: _SUSPEND, U: Transition(U), Z: Transition(Z), **_UNCHANGED},
+    Event.SUSPENDED: {U: Transition(Z), Z: Transition(Z), **_UNCHANGED},
+    Event.THAWED: {Z: Transition(R, (Effect.RESET_DEADLINE,)), **_OVER},
     Event.SHUTDOWN_ASKED: _end("api_shutdown", P, I, R, U, Z),
     Event.SHUTDOWN_DURING_SNAPSHOT_ASKED: {status: _SNAPSHOT_RUNS for status in (P, I, R, U, Z)} | _UNCHANGED,
     Event.SUSPEND_ASKED: {
@@ -159,30 +191,33 @@ TABLE: Mapping[Event, Mapping[Status, Move | Refusal]] = {
         I: _STARTING,
         R: Refusal(400, "it is not suspended; use it as it is"),
         U: Refusal(400, "wait for the status suspended"),
-        Z: Move(P, (Effect.RESET_DEADLINE, Effect.BOOT)),
+        Z: Transition(P, (Effect.RESET_DEADLINE, Effect.COUNT_BOOT)),
         **_OVER,
     },
-    Event.SNAPSHOT_ASKED: _only_running(Move(R)),
-    Event.KEEP_ALIVE_ASKED: {status: Move(status, (Effect.RESET_DEADLINE,)) for status in (P, I, R, U, Z)} | _OVER,
-    Event.USE_ASKED: _only_running(Move(R)),
+    Event.SNAPSHOT_ASKED: _only_running(Transition(R)),
+    Event.KEEP_ALIVE_ASKED: {status: Transition(status, (Effect.RESET_DEADLINE,)) for status in (P, I, R, U, Z)}
+    | _OVER,
+    Event.USE_ASKED: _only_running(Transition(R)),
 }
 """The whole table. A pair that is absent raises InvalidTransition: no part of the server may bring it about."""
 
 
 SHUTDOWN_REASONS = sorted(
     {
-        move.shutdown_reason
-        for moves in TABLE.values()
-        for move in moves.values()
-        if isinstance(move, Move) and move.shutdown_reason
+        transition.shutdown_reason
+        for transitions in TABLE.values()
+        for transition in transitions.values()
+        if isinstance(transition, Transition) and transition.shutdown_reason
     }
 )
 """Why devboxes are shut down, by the names on the wire."""
 
 
-def step(status: Status, event: Event) -> Move | Refusal:
-    """What `event` means for a devbox in `status`; pure. Raises InvalidTransition for a pair outside the table."""
+def step(status: Status, event: Event, history: Sequence[str] = ()) -> Transition | Refusal:
+    """What `event` means for a devbox in `status`; pure. Raises InvalidTransition for a pair outside the table, with
+    its `history`.
+    """
     try:
         return TABLE[event][status]
     except KeyError:
-        raise InvalidTransition(status, event) from None
+        raise InvalidTransition(status, event, history) from None

@@ -29,7 +29,7 @@ from devboxd.devboxes.prepare import (
     uid_of,
     user_of,
 )
-from devboxd.devboxes.states import LIVE, TERMINAL, Event, Status
+from devboxd.devboxes.states import LIVE, TERMINAL, WORK, Event, Status, Work
 from devboxd.devboxes.store import Devbox
 from devboxd.devboxes.views import idle_policy, resources
 from devboxd.engine.base import FULL, BoxEnd, BoxSpec, Engine, EngineError, Image
@@ -91,17 +91,25 @@ class Supervisor:
         self._looking = means.looking
         self._files = means.files
         self._booting = asyncio.Semaphore(_BOOTS_AT_ONCE)
+        self.performers: dict[Work, Callable[[Life], Awaitable[None]]] = {
+            Work.BOOT: self._boot,
+            Work.PREPARE: self._prepare,
+            Work.RUN_ENTRYPOINT: self._run_entrypoint,
+            Work.SUSPEND: self._suspend,
+            Work.STAY_SUSPENDED: self._stay_suspended,
+            Work.FREE: self._free,
+        }
+        """The one function that does each work of the table, until its status is left."""
 
     async def supervise(self, life: Life) -> None:
         """The whole life of a devbox; returns when it has ended and all that it held is free."""
-        while (status := life.devbox.status) not in TERMINAL:
-            if status is Status.SUSPENDED:
-                await self._sleep(life)
-            elif status is Status.SUSPENDING:
-                await self._suspend(life)
-            else:
-                await self._live(life)
-        await self._free(life)
+        while life.devbox.status not in TERMINAL:
+            await (self._live(life) if life.devbox.status in LIVE else self._perform(life))
+        await self._perform(life)
+
+    async def _perform(self, life: Life) -> None:
+        """Do the work of the status that the devbox has."""
+        await self.performers[WORK[life.devbox.status]](life)
 
     async def _live(self, life: Life) -> None:
         """From making to the end, or to the wish to suspend it."""
@@ -211,7 +219,7 @@ class Supervisor:
         except BoxFailure as failure:
             _log.warning("suspending without its agent", id=box.id, error=failure.text)
 
-    async def _sleep(self, life: Life) -> None:
+    async def _stay_suspended(self, life: Life) -> None:
         """Until the devbox is resumed or ends. Frozen processes are ended when their time is over."""
         while life.devbox.status is Status.SUSPENDED:
             life.changed.clear()
@@ -246,9 +254,10 @@ class Supervisor:
     async def _work(self, life: Life) -> None:
         """Boot, prepare and run until the devbox ends by itself."""
         try:
-            image = await self._boot(life)
+            if life.devbox.status is Status.PROVISIONING:
+                await self._perform(life)
             end = asyncio.ensure_future(self._engine.wait(life.devbox.id))
-            run = asyncio.ensure_future(self._run(life, image))
+            run = asyncio.ensure_future(self._run(life))
             try:
                 await asyncio.wait({end, run}, return_when=asyncio.FIRST_COMPLETED)
                 if run.done() and isinstance(run.exception(), BoxFailure):
@@ -286,11 +295,9 @@ class Supervisor:
         """A devbox that cannot be resumed goes back to sleep: its disk is worth more than its processes."""
         await self._changes.happen(life, Event.RESUME_FAILED if life.resuming else Event.FAILED, failure)
 
-    async def _boot(self, life: Life) -> str | None:
-        """Make the box; the name of its image, None where that was done before."""
+    async def _boot(self, life: Life) -> None:
+        """Make the box."""
         devbox = life.devbox
-        if devbox.status != Status.PROVISIONING:
-            return None
         image = self._means.images(devbox.image)
         if image is None:
             raise BoxFailure(
@@ -300,11 +307,11 @@ class Supervisor:
         spec = BoxSpec(devbox.id, hostname(devbox.id), image, limits, devbox.snapshot_id)
         async with self._booting:
             await self._engine.create(spec)
+        life.image = image.name
         if not nothing_to_prepare(devbox):
             await self._changes.happen(life, Event.BOOTED, image=image.name)
-        return image.name
 
-    async def _run(self, life: Life, image: str | None) -> None:
+    async def _run(self, life: Life) -> None:
         """Attach the agent, prepare, start the entrypoint; stay until it ends, attaching again when need be.
 
         Steps that met no agent are done again; if it never comes back, or has ended, that is the reason to tell.
@@ -314,7 +321,7 @@ class Supervisor:
         lost = asyncio.Event()
         faults: deque[float] = deque(maxlen=_FAULTS_MAX)
         await self._attach(life, box, lost)
-        steps = asyncio.ensure_future(self._steps(life, box, image))
+        steps = asyncio.ensure_future(self._steps(life))
         gone = asyncio.ensure_future(lost.wait())
         try:
             while True:
@@ -327,7 +334,7 @@ class Supervisor:
                     await self._attach(life, box, lost)
                     gone = asyncio.ensure_future(lost.wait())
                 if steps.done():
-                    steps = asyncio.ensure_future(self._steps(life, box, image))
+                    steps = asyncio.ensure_future(self._steps(life))
         finally:
             steps.cancel()
             gone.cancel()
@@ -358,20 +365,30 @@ class Supervisor:
         environment = {**self._means.environment, **counted, **devbox.environment}
         return Box(devbox.id, user_of(devbox), environment, self._clock, uid_of(devbox))
 
-    async def _steps(self, life: Life, box: Box, image: str | None) -> None:
+    async def _steps(self, life: Life) -> None:
+        """The work of each status from the first connection to the agent on."""
         if life.devbox.status == Status.PROVISIONING:
-            await self._changes.happen(life, Event.READY, image=image)
-        if life.devbox.status == Status.INITIALIZING:
-            await prepare(life.devbox, box, self._executions, self._looking, self._files)
-            await self._changes.happen(life, Event.PREPARED)
-        entrypoint = life.devbox.entrypoint
-        if entrypoint is None:
+            await self._changes.happen(life, Event.READY, image=life.image)
+        while life.devbox.status in LIVE:
+            await self._perform(life)
+
+    async def _prepare(self, life: Life) -> None:
+        """Write files and run the commands that come before `running`."""
+        if (box := self._executions.box(life.devbox.id)) is None:
+            raise RuntimeError(f"{life.devbox.id} is not in service")
+        await prepare(life.devbox, box, self._executions, self._looking, self._files)
+        await self._changes.happen(life, Event.PREPARED)
+
+    async def _run_entrypoint(self, life: Life) -> None:
+        """Start the entrypoint, once, and stay until it ends; without one, for as long as the devbox runs."""
+        devbox = life.devbox
+        if devbox.entrypoint is None:
             await asyncio.Event().wait()
-        else:
-            handle = handle_of(life.devbox, ENTRYPOINT)
-            row = await self._executions.start(box.id, entrypoint, handle=handle, purpose="entrypoint")
-            await self._looking.completed(row)
-            await self._changes.happen(life, Event.ENTRYPOINT_ENDED)
+            return
+        handle = handle_of(devbox, ENTRYPOINT)
+        row = await self._executions.start(devbox.id, devbox.entrypoint, handle=handle, purpose="entrypoint")
+        await self._looking.completed(row)
+        await self._changes.happen(life, Event.ENTRYPOINT_ENDED)
 
     def _ended(self, box_id: str, end: BoxEnd) -> BoxFailure:
         if end.oom:
