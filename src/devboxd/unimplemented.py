@@ -64,9 +64,9 @@ _TABLE = (
         """
         GET /v1/secrets secrets.list
         POST /v1/secrets secrets.create
-        GET /v1/secrets/id/{} secrets.id.retrieve
-        POST /v1/secrets/id/{}/delete secrets.id.delete
-        POST /v1/secrets/id/{}/update secrets.id.update
+        GET /v1/secrets/id/{} secrets.retrieve_by_id
+        POST /v1/secrets/id/{}/delete secrets.delete_by_id
+        POST /v1/secrets/id/{}/update secrets.update_by_id
         GET /v1/secrets/{} secrets.retrieve
         POST /v1/secrets/{} secrets.update
         POST /v1/secrets/{}/delete secrets.delete
@@ -103,7 +103,7 @@ _TABLE = (
         POST /v1/devboxes/{}/create_tunnel devboxes.create_tunnel
         POST /v1/devboxes/{}/enable_tunnel devboxes.enable_tunnel
         POST /v1/devboxes/{}/remove_tunnel devboxes.remove_tunnel
-        GET /pty/{} pty.retrieve
+        GET /pty/{} pty.connect
         POST /pty/{}/control pty.control
         """,
     ),
@@ -143,11 +143,11 @@ _TABLE = (
         DELETE /v1/axons/{} axons.delete
         GET /v1/axons/{} axons.retrieve
         POST /v1/axons/{} axons.update
-        GET /v1/axons/{}/events axons.events
+        GET /v1/axons/{}/events axons.events.list
         POST /v1/axons/{}/publish axons.publish
         POST /v1/axons/{}/sql/batch axons.sql.batch
         POST /v1/axons/{}/sql/query axons.sql.query
-        GET /v1/axons/{}/subscribe/sse axons.subscribe.sse
+        GET /v1/axons/{}/subscribe/sse axons.subscribe_sse
         """,
     ),
     (

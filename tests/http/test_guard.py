@@ -81,8 +81,9 @@ async def test_without_a_right_key_there_is_401(web: Web, value: str | None) -> 
     headers = [(b"host", b"localhost")]
     if value is not None:
         headers.append((b"authorization", value.encode("latin-1")))
-    status, _, body = await raw(web, headers, path="/v1/accounts/me")
+    status, answered, body = await raw(web, headers, path="/v1/accounts/me")
     assert status == 401
+    assert dict(answered)[b"www-authenticate"] == b"Bearer"
     assert msgspec.json.decode(body)["code"] == 401
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, func, select, update
 from structlog.testing import capture_logs
 
+from devboxd.concurrency.clock import now_ms
 from devboxd.errors import bad_request
 from devboxd.http import once
 from devboxd.http.once import Row, StreamFingerprint, request_key
@@ -175,7 +176,7 @@ async def test_old_answers_are_swept(web: Web, monkeypatch: pytest.MonkeyPatch) 
     client = await web.client()
     for number in range(5):
         await client.post("/v1/unbound", headers=same(str(number)))
-    old = once._now_ms() - once.KEPT_SECONDS * 1000 - 1
+    old = now_ms() - once.KEPT_SECONDS * 1000 - 1
     await web.store.write(lambda connection: connection.execute(update(requests).values(create_time_ms=old)))
     await client.post("/v1/unbound", headers=same("new"))
     await web.app.drain(5)

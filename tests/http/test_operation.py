@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from contextlib import suppress
@@ -99,6 +100,18 @@ async def test_the_type_of_a_body_must_be_json(web: Web) -> None:
         refused(answer, 415, "application/json")
     charset = {"content-type": "Application/JSON; charset=utf-8"}
     assert (await client.post("/v1/things", content=b'{"command":"a"}', headers=charset)).status_code == 200
+
+
+async def test_a_compressed_body_is_not_taken_for_json(web: Web) -> None:
+    client = await web.client()
+    answer = await client.post(
+        "/v1/things",
+        content=gzip.compress(b'{"command":"a"}'),
+        headers={"content-encoding": "gzip", "content-type": "application/json"},
+    )
+    refused(answer, 415, "Content-Encoding 'gzip'")
+    plain = {"content-encoding": "identity", "content-type": "application/json"}
+    assert (await client.post("/v1/things", content=b'{"command":"a"}', headers=plain)).status_code == 200
 
 
 async def test_a_body_over_the_limit_is_refused(web: Web) -> None:

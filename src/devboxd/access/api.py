@@ -104,7 +104,7 @@ async def write_file_contents(
 
 
 async def write_file(
-    devboxes: Devboxes, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
+    devboxes: DevboxDirectory, boxes: Boxes, files: Files, call: Call, devbox_id: str, body: WriteFile
 ) -> Annotated[Response, ExecutionDetailView, 403, 504, 507]:
     """Create or replace a file with this text: the older name of write_file_contents.
 

@@ -74,6 +74,8 @@ def of_value(value: Any) -> Answer:
 def of_error(error: ApiError) -> Answer:
     """The error's code with {"code", "message"}; `x-should-retry` and `retry-after` when the error decides them."""
     headers = JSON if error.retry is None else _RETRY[error.retry]
+    if error.code == 401:
+        headers = (*headers, (b"www-authenticate", b"Bearer"))
     if error.retry_after is not None:
         headers = (*headers, (b"retry-after", str(error.retry_after).encode()))
     return Answer(error.code, _encode(Error(error.code, error.message)), headers)

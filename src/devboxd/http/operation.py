@@ -281,6 +281,9 @@ async def _read_body(operation: Operation, scope: Scope, receive: Receive, held:
     refused even where the body is ignored.
     """
     headers: dict[bytes, bytes] = scope["devboxd.headers"]
+    if (encoding := headers.get(b"content-encoding", b"identity").strip().lower()) != b"identity":
+        name = encoding[:32].decode("latin-1")
+        raise ApiError(415, f"cannot read the body: its Content-Encoding {name!r} is not known; send it as it is")
     length = headers.get(b"content-length", b"")
     body = await bodies.read(receive, int(length) if length.isdigit() else None, operation.route.body_limit, held.take)
     if body and headers.get(b"content-type", b"").split(b";")[0].strip().lower() != b"application/json":
