@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from devboxd import doctor, probes
+from devboxd.cli import doctor as printed
 from devboxd.config import Settings
 from devboxd.engine import lxcfs
 from devboxd.engine.netns import inside
@@ -193,9 +194,9 @@ def test_json_and_text_say_the_same(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setenv("COLUMNS", "40")
     found = doctor.checks(Settings())
     monkeypatch.setattr(doctor, "checks", lambda _: found)
-    code = doctor.run(Settings(), as_json=False)
+    code = printed.run(Settings(), as_json=False)
     text = capsys.readouterr().out
-    assert doctor.run(Settings(), as_json=True) == code
+    assert printed.run(Settings(), as_json=True) == code
     rows = json.loads(capsys.readouterr().out)
     assert {"name", "level", "found", "consequence", "cure"} == set(rows[0])
     for row in rows:

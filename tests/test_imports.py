@@ -1,4 +1,4 @@
-"""Imports go one way: the route table, then the folders of resources, then what they stand on; never in a circle."""
+"""What import-linter does not hold: no circles, no folder that reaches into the API of another, small files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ from pathlib import Path
 import devboxd
 
 ROOT = Path(devboxd.__file__).parent
-RESOURCES = {"devboxes", "executions", "blueprints", "access", "resources"}
-BASE = {
-    "boot",
-    "budget",
-    "concurrency",
-    "http",
-    "agent",
-    "engine",
-    "store",
-    "errors",
-    "path",
-    "ids",
-    "config",
-    "systemd",
-    "logs",
-    "metrics",
-    "probes",
-    "remote",
-}
-TOP = {"routes", "services", "unimplemented", "app", "cli", "doctor", "storage", "backup"}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -55,11 +35,9 @@ def imports(tree: ast.Module, known: set[str], *, at_start: bool = False) -> set
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """What runs when the module is imported: no bodies of functions, nothing for type checkers alone."""
+    """What is imported with the module, for types alone too: no bodies of functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         yield node
         yield from _statements(node)
@@ -68,18 +46,6 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
 def part(name: str) -> str:
     """The folder or file right under the package."""
     return name.split(".")[1] if "." in name else ""
-
-
-def test_imports_go_one_way() -> None:
-    known = modules()
-    wrong = []
-    for name, tree in known.items():
-        for other in imports(tree, set(known)):
-            source, target = part(name), part(other)
-            above = {*TOP, *RESOURCES} if source in BASE else TOP if source in RESOURCES else set()
-            if target in above:
-                wrong.append(f"{name} imports {other}, which stands above it")
-    assert not wrong, "\n".join(wrong)
 
 
 def test_no_folder_imports_the_api_of_another() -> None:
@@ -91,11 +57,6 @@ def test_no_folder_imports_the_api_of_another() -> None:
         if other.endswith(".api") and part(name) != "routes" and other.rpartition(".")[0] != name.rpartition(".")[0]
     ]
     assert not wrong, "\n".join(wrong)
-
-
-def test_every_part_has_its_place() -> None:
-    parts = {part(name) for name in modules()} - {""}
-    assert not {name for name in parts if name.partition("_")[0] not in RESOURCES | BASE | TOP}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

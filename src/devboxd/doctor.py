@@ -7,12 +7,11 @@ of guessing from versions; that needs root, and without root the rest is still t
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -77,47 +76,6 @@ def checks(settings: Settings) -> list[Check]:
 def required(settings: Settings) -> list[Check]:
     """What `serve` cannot do without and this machine lacks; empty when it can start."""
     return [check for check in checks(settings) if check.level == "error"]
-
-
-def run(settings: Settings, as_json: bool) -> int:
-    """Print all checks. The result is the exit code: 0, or 2 when `serve` would refuse."""
-    found = checks(settings)
-    if as_json:
-        print(json.dumps([asdict(check) for check in found], indent=2))
-    else:
-        _show(found)
-    return 2 if any(check.level == "error" for check in found) else 0
-
-
-def _show(found: Iterable[Check]) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from devboxd.cli.printing import console as new_console
-
-    console = new_console()
-    whole = not console.is_terminal  # one line for each thing that is said, for other programs
-    signs = {"ok": ("ok", "green"), "warning": ("!", "yellow"), "error": ("x", "bold red")}
-    counts = dict.fromkeys(signs, 0)
-    for check in found:
-        sign, style = signs[check.level]
-        counts[check.level] += 1
-        head = Text.assemble((check.name, "bold"), ": ", check.found)
-        consequence = Text(check.consequence, style="dim")
-        if whole:
-            console.print(Text(f"{sign:>2} ") + head, Text("     ") + consequence, sep="\n", soft_wrap=True)
-        else:
-            grid = Table.grid()
-            grid.add_row(Text(f"{sign:>2} ", style), head)
-            console.print(grid, Padding(consequence, (0, 0, 0, 5)))
-        if check.cure:
-            # In one line, however long: it may be a command to be copied.
-            console.print(Text.assemble(("     cure: ", "cyan"), check.cure), soft_wrap=True)
-    end = "serve refuses to start" if counts["error"] else "serve can start here"
-    console.print(
-        f"\n{end}: {counts['ok']} ok, {counts['warning']} to know about, {counts['error']} in the way", soft_wrap=whole
-    )
 
 
 def _root(root: bool) -> Check:

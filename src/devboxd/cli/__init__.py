@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from devboxd import __version__
-from devboxd.cli import backup, boxes, completion, copying, keys, server, snapshots, storage
+from devboxd.cli import backup, boxes, completion, copying, doctor, keys, server, snapshots, storage
 from devboxd.cli.printing import refuse, say
 from devboxd.errors import ApiError, SetupError
 from devboxd.path_errors import explained, shown
@@ -84,7 +84,7 @@ def cli() -> None:
 
 
 for _command in (
-    *(server.serve, server.systemd_unit, server.doctor_command, server.image, storage.storage),
+    *(server.serve, server.systemd_unit, doctor.doctor, server.image, storage.storage),
     *(completion.completion, keys.keys, boxes.boxes, snapshots.snapshot, backup.backup_command, backup.restore_command),
 ):
     cli.add_command(_command)

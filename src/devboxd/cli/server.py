@@ -1,4 +1,4 @@
-"""The server and its machine: `serve`, `systemd-unit`, `doctor`, `image`."""
+"""The server and its machine: `serve`, `systemd-unit`, `image`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from devboxd.cli.options import as_json_option, config_option, domains_option, load_settings, state_option
+from devboxd.cli.options import config_option, domains_option, load_settings, state_option
 from devboxd.cli.printing import refuse, with_progress
 from devboxd.errors import SetupError
 from devboxd.path_errors import AS_ROOT
@@ -113,20 +113,6 @@ def systemd_unit(domains: tuple[str, ...], **options: Any) -> None:
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     words += [word for name in domains for word in ("--domain", name)]
     click.echo(systemd.unit(words), nl=False)
-
-
-@click.command("doctor")
-@as_json_option
-@config_option
-@state_option
-def doctor_command(as_json: bool, config: Path | None, state: Path | None) -> None:
-    """Check this machine.
-
-    Tells what it offers, which walls are therefore up, and for each lack the cause and the cure.
-    """
-    from devboxd import doctor
-
-    sys.exit(doctor.run(load_settings(config, state=state), as_json))
 
 
 @click.group()
