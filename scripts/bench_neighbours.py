@@ -57,7 +57,8 @@ def main() -> None:
         for kind, figures in neighbours(server).items():
             quiet, noisy = p95(figures.quiet) * 1e3, p95(figures.noisy) * 1e3
             grown = (figures.most - figures.level) / (1 << 20)
-            print(f"{kind:30} p95 {quiet:6.1f} ms quiet, {noisy:6.1f} ms beside it, x {figures.ratio:4.1f}", end="; ")
+            print(f"{kind:30} p95 {quiet:6.1f} ms quiet, {noisy:6.1f} ms beside it, x {figures.ratio:4.1f}", end=", ")
+            print(f"at most {max(figures.quiet) * 1e3:.0f} and {max(figures.noisy) * 1e3:.0f} ms", end="; ")
             print(f"the server {grown:+5.1f} MiB; {figures.others:.2f} processors for others")
     finally:
         server.stop()

@@ -91,6 +91,17 @@ for _ in range(8):
             call(folder)
 os.wait()
 """
+_QUESTIONS = """
+import socket
+server = next(line.split()[1] for line in open("/etc/resolv.conf") if line.startswith("nameserver"))
+asking = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+question = b"\\1\\2\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\7example\\3com\\0\\0\\1\\0\\1"
+while True:
+    try:
+        asking.sendto(question, (server, 53))
+    except OSError:
+        pass
+"""
 NOISES = {
     "burns CPU": "for n in $(seq 16); do while :; do :; done & done; wait",
     "takes all memory": f"exec python3 -c '{_MEMORY}'",
@@ -98,6 +109,7 @@ NOISES = {
     "prints 10 GB": "while :; do yes 'ten gigabytes of this' | head -c 10G; done",
     "opens every descriptor": f"exec python3 -c '{_DESCRIPTORS.format(processes=1)}'",
     "200 open every descriptor": f"exec python3 -c '{_DESCRIPTORS.format(processes=200)}'",
+    "floods the resolver": f"exec python3 -c '{_QUESTIONS}'",
     "never reads its stdin": "exec sleep infinity",
 }
 DISK_NOISES = {
