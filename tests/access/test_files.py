@@ -123,6 +123,16 @@ def test_what_cannot_be_written_says_why(api: Api, box: str, make: str, path: st
     assert api.output(box, "ls -A | grep -c devboxd || true") == "0\n"
 
 
+def test_refusals_of_the_kernel_carry_its_words_and_number(api: Api, box: str) -> None:
+    api.output(box, "ln -sf circle circle; touch plain")
+    for path, code, words in (
+        ("circle", 400, "too many levels of symbolic links (os error 40)"),
+        ("plain/below", 404, "not a directory (os error 20)"),
+        ("y" * 300, 400, "file name too long (os error 36)"),
+    ):
+        assert words in api.refused("POST", f"/v1/devboxes/{box}/read_file_contents", code, {"file_path": path})
+
+
 @pytest.mark.parametrize("mode", ["755", "1777"])
 def test_a_file_in_a_folder_of_others_is_written_in_place(api: Api, box: str, mode: str) -> None:
     folder = f"/opt/in-place-{mode}"

@@ -300,4 +300,4 @@ def _explained(error: AgentError | OSError, verb: str, path: str) -> ApiError:
             return ApiError(504, f"cannot {verb} {shown}: {why}", retry=False)
         case errno.EINVAL if stage is Stage.TYPE:
             return bad_request(f"cannot {verb} {shown}: it is not a regular file; name one")
-    return bad_request(f"cannot {verb} {shown}: {error}")
+    return bad_request(f"cannot {verb} {shown}: {words if error.errno else error}; name another path")
