@@ -22,7 +22,7 @@ conformance: ## run the live tests of the official client 3.0.0 against a fresh 
 packages: ## install a hundred packages of Debian, each in a devbox of its own, and try them
 	@scripts/setup && .venv/bin/python scripts/packages.py
 
-bench: ## measure the figures of SPECIFICATION.md and write them into it
+bench: ## measure the figures of docs/performance.md and write them into it
 	@scripts/setup && .venv/bin/python scripts/bench.py
 
 crash: ## kill the server 200 times under load and compare every byte

@@ -1,6 +1,6 @@
 """Measure what devboxd promises about speed, each figure beside a floor of this machine taken in the same run.
 
-Prints a table and writes it into SPECIFICATION.md. Usage: scripts/bench.py [NAME...] measures only these and writes
+Prints a table and writes it into docs/performance.md. Usage: scripts/bench.py [NAME...] measures only these and writes
 nothing. A figure that misses its mark is shown as missed; the exit status is 0 all the same.
 """
 
@@ -335,8 +335,8 @@ def path_rows() -> list[str]:
 
 
 def _write(rows: list[str]) -> None:
-    """Put the tables between their marks in SPECIFICATION.md."""
-    path = ROOT / "SPECIFICATION.md"
+    """Put the tables between their marks in docs/performance.md."""
+    path = ROOT / "docs" / "performance.md"
     now = datetime.now(UTC).strftime("%-d %B %Y")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
     where = f"{now}, {os.cpu_count()} processors, {memory:.0f} GiB, Linux {os.uname().release}."

@@ -1,4 +1,6 @@
-"""Write docs/reference/settings.md, cli.md and operations.md, and docs/explanation/states.md, from the program itself.
+"""Write what the documents say of the program from the program itself, and the index of the specification.
+
+The pages: docs/reference/settings.md, cli.md, operations.md, docs/explanation/states.md, SPECIFICATION.md.
 
 Usage: generate_reference.py [--check]. With --check nothing is written; the exit code is 1 when a page is out of date.
 """
@@ -8,7 +10,9 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +149,40 @@ def _pair(event: Event, status: Status) -> str:
     return "=" if found.status is status else found.status.value
 
 
+_ROW = re.compile(r"^\| [A-Z]+-\d+ \| .* \| (held|partly|unguarded)[^|]*\|$", re.MULTILINE)
+
+
+def specification() -> str:
+    """The index of the specification: its pages, and how many promises of each are held, partly held and unguarded."""
+    parts = [
+        "# Specification\n\n" + _MADE + "\nEvery promise of devboxd has a row with an id that stays, the test that "
+        "fails when it is broken, and its status:\n\n- **held**: the tests would fail;\n- **partly**: they would not "
+        "in the case that is named;\n- **unguarded**: no test would.\n\nTests are named by their path below `tests/`; "
+        "`tests/test_reference.py` checks that each exists.\n\n"
+        "| area | promises | held | partly | unguarded |\n|---|---|---|---|---|\n"
+    ]
+    total: Counter[str] = Counter()
+    for page in sorted((FOLDER / "specification").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if counts := Counter(_ROW.findall(text)):
+            title = text.partition("\n")[0].removeprefix("# ")
+            parts.append(_counted(f"[{title}](docs/specification/{page.name})", counts))
+            total += counts
+    parts.append(_counted("**all**", total))
+    return "".join(parts) + (
+        "\nBeside these: [performance](docs/performance.md), the figures of `make bench` with their marks, missed ones "
+        "too;\n[a whole machine](docs/specification/machine.md), what `make vm` saw in Debian 13 and 12;\n"
+        "[open](docs/specification/open.md), what a careful user should know.\n"
+    )
+
+
+def _counted(name: str, counts: Counter[str]) -> str:
+    figures = (counts.total(), counts["held"], counts["partly"], counts["unguarded"])
+    return f"| {name} | {' | '.join(map(str, figures))} |\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "../SPECIFICATION.md": specification,
     "reference/settings.md": settings,
     "reference/cli.md": command_line,
     "reference/operations.md": operations,

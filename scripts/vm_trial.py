@@ -1,7 +1,8 @@
 """Try devboxd in whole machines with Debian 13 and 12 side by side, as users have them, for at most half an hour.
 
 Cgroups version 2 by a real kernel, the unit under systemd, a reboot, and a power failure under load. Exit status 0:
-every trial passed; 1: one failed, or there was no time for it. What is printed of each is what SPECIFICATION.md shows.
+every trial passed; 1: one failed, or there was no time for it. docs/specification/machine.md shows what
+is printed of each.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def _generator() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "page", [*(f"reference/{n}.md" for n in ("settings", "cli", "operations")), "explanation/states.md"]
+    "page",
+    [*(f"reference/{n}.md" for n in ("settings", "cli", "operations")), "explanation/states.md", "../SPECIFICATION.md"],
 )
 def test_the_reference_is_up_to_date(page: str) -> None:
     generator = _generator()
