@@ -101,6 +101,7 @@ struct slot {
     gid_t gid;
     struct slot *running;
     struct slot *shell;        /* COMMAND, NULL when the shell is gone */
+    bool begun;                /* COMMAND: its shell has said that it begins */
     char shell_key[KEY_MAX + 1];
     bool folder, removing;     /* a folder of FIFOs may exist; a helper removes it */
     struct targets earlier;    /* COMMAND: what ran in its shell before it */

@@ -12,7 +12,7 @@
 #define FOLDERS "/run/devboxd/x"
 #define RECORDS "/run/devboxd/s"
 
-enum { HELPER_MS = 30000 };
+enum { HELPER_MS = 30000, NOT_RUN = 126 };
 
 static void command_ended(struct slot *s, uint32_t how, uint32_t value) {
     if (s->shell) s->shell->running = NULL;
@@ -27,6 +27,7 @@ static void line_handle(struct slot *shell, const char *line) {
     char kind = control_decode(line, key, &status);
     struct slot *s = shell->running;
     if (!kind || !s || s->state != RUNNING || strcmp(s->key, key) != 0) return;
+    if (kind == 'S') s->begun = true;
     if (kind == 'S' && s->in.attached) feed_open(s);
     if (kind == 'E') command_ended(s, 0, (uint32_t)status);
 }
@@ -92,6 +93,7 @@ void shell_died(struct slot *s, uint32_t how, uint32_t value) {
         return;
     }
     command->flags |= EXIT_SHELL_DIED;
+    if (!command->begun && how == 0 && value == 0) value = NOT_RUN; /* nothing that was not run has succeeded */
     command_ended(command, how, value);
 }
 

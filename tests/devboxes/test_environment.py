@@ -19,6 +19,7 @@ from support.api import Api
         {"": "x"},
         {"A=B": "x"},
         {"A": "x\0"},
+        {"SHELLOPTS": "braceexpand:noexec"},
     ],
 )
 def test_what_cannot_be_executed_is_refused(environment: dict[str, str]) -> None:

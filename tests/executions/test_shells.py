@@ -119,6 +119,18 @@ def test_an_error_that_ends_a_shell_is_told_by_the_next_command(api: Api, box: s
     assert api.run(box, "true", shell_name=fatal)["stderr"] == ""
 
 
+def test_a_profile_that_keeps_bash_from_a_command_fails_it(api: Api) -> None:
+    """It must not be taken for a success: nothing was run."""
+    box = api.create()
+    api.write(box, ".bash_profile", "ulimit -n 6\n")
+    view = api.run(box, "echo run", shell_name="s")
+    assert (view["exit_status"], view["stdout"]) == (126, ""), view
+    assert "it was not run" in view["stderr"], view
+    api.write(box, ".bash_profile", "")
+    assert api.run(box, "echo run", shell_name="s")["stdout"] == "run\n"
+    api.shutdown(box)
+
+
 @pytest.mark.parametrize(
     ("harm", "cure"),
     [

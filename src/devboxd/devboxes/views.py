@@ -380,6 +380,11 @@ def check_environment(environment: dict[str, str]) -> None:
                 f"cannot set the environment variable {name[:64]!r}: a name must not be empty or contain '=' or NUL, "
                 "and a value must not contain NUL"
             )
+        if name == "SHELLOPTS" and "noexec" in value.split(":"):
+            raise bad_request(
+                "cannot set the environment variable 'SHELLOPTS' with noexec: bash would read commands, run none, and "
+                "end with 0; leave noexec out"
+            )
         if (size := _bytes_of(name, value)) > ENVIRONMENT_ENTRY:
             raise bad_request(
                 f"cannot set the environment variable {name[:64]!r} of {size} bytes: Linux takes none of "

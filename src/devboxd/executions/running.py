@@ -70,7 +70,8 @@ _NO_WORD = {
     FAILED_BASH: b"devboxd: bash ended with 127 and without output: if the command did not do that, bash cannot start "
     b"here; run a command without shell_name to see why\n",
     NOT_RUN: b"devboxd: bash ended with 126 and without output: if the command did not do that, it was not run; "
-    b"the user must be able to enter /run/devboxd/x, and /dev/fd must lead to /proc/self/fd\n",
+    b"the user must be able to enter /run/devboxd/x, /dev/fd must lead to /proc/self/fd, and a profile must neither "
+    b"end bash nor take its descriptors\n",
 }
 _BEGUN_ANEW = (
     "the command before ended the named shell with 127; this one begins in a new one, without variables that were not "
