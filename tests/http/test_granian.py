@@ -28,6 +28,14 @@ async def talk(port: int, request: bytes) -> bytes:
         writer.close()
 
 
+async def test_a_health_check_by_http_1_0_needs_no_host(web: Web) -> None:
+    async with served(web) as (port, _):
+        assert (await talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")).split()[1] == b"200"
+        for target, version in ((b"/healthz", b"1.1"), (b"/docs", b"1.0"), (b"/v1/accounts/me", b"1.0")):
+            answer = await talk(port, b"GET " + target + b" HTTP/" + version + b"\r\n\r\n")
+            assert answer.split()[1] == b"400", (target, version)
+
+
 async def test_http1_keeps_its_connection(web: Web) -> None:
     async with served(web) as (port, key), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         client.headers["authorization"] = f"Bearer {key}"

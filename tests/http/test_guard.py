@@ -31,7 +31,7 @@ async def raw(web: Web, headers: list[tuple[bytes, bytes]], method: str = "GET",
         sent.append(message)
 
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
-    scope["raw_path"] = path.encode()
+    scope |= {"raw_path": path.encode(), "http_version": "1.1"}
     await web.app(scope, receive, send)
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
