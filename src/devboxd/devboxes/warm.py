@@ -62,9 +62,14 @@ class Warm:
         self._wanted = asyncio.Event()
         self._taken_at = -_REST_S
 
+    @property
+    def ready(self) -> int:
+        """How many wait."""
+        return len(self._ready)
+
     def collect(self) -> Iterator[Metric]:
         """The metric of the boxes that wait."""
-        yield gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): len(self._ready)})
+        yield gauge("devboxd_warm_boxes", "Boxes that wait for a create", {(): self.ready})
 
     def take(self, size: Resources) -> str | None:
         """The id of a box of this size that waits, None when there is none. From now on it belongs to the caller."""
