@@ -62,7 +62,7 @@ def shown(path: Path | str) -> str:
 def check(path: Path, wanted: Wanted, source: str) -> None:
     """Raises SetupError for what is not of the wanted kind, or where nothing can ever be.
 
-    A path at which nothing is yet is right, and one that this user may not look at is left to whoever opens it.
+    A path at which nothing is yet is right, and one that this user may not look at is left to what opens it.
     `source` says which option, variable or setting it comes from.
     """
     try:

@@ -240,7 +240,7 @@ async def test_no_box_of_another_size_is_taken_and_the_number_stays(tmp_path: Pa
         async def taken(size: Resources, others: set[str]) -> str:
             async with asyncio.timeout(60):
                 while (box := boxes.take(size)) is None:
-                    await asyncio.sleep(4 * warm._REST_S)  # nobody is told; each question counts as a create
+                    await asyncio.sleep(4 * warm._REST_S)  # no event tells it; each question counts as a create
                     waiting = (await host.engine.boxes()).keys() - others
                     assert len(waiting) <= 2, "one is ended before another is made"
             return box

@@ -1,4 +1,4 @@
-"""The bounds that disks get when their server is gone: the last that were told, whatever became of who heard them."""
+"""The bounds that disks get when their server is gone: the last that were told, also once their process is dead."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_what_takes_room_a_second_time_is_counted_to_the_byte(disks: Disks, tmp_
     _write(tmp_path, "dbx_1")
     assert before - btrfs.free(disks.path("")) < MIB, "once, not twice"
     disks.remove("snp_1")
-    assert abs(btrfs.shared(_image(disks, "dbx_1")) - left) < MIB, "the kernel does not look who has it still"
+    assert abs(btrfs.shared(_image(disks, "dbx_1")) - left) < MIB, "the kernel does not look which of them has it still"
 
 
 def test_it_is_found_again_by_the_next_server_for_each_disk_alone(disks: Disks, tmp_path: Path) -> None:

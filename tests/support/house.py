@@ -136,7 +136,7 @@ class House:
         return self._image
 
     def named(self, _: str) -> Image:
-        """The same, whatever the name of it."""
+        """The same for every name."""
         return self._image
 
     async def create(self, **body: Any) -> str:

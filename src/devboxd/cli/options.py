@@ -26,7 +26,7 @@ class FilePath(click.Path):
     """A path of the wanted kind that is not empty: an empty one would mean the folder in which the command runs."""
 
     def __init__(self, wanted: Wanted) -> None:
-        super().__init__(path_type=Path, readable=False)  # who may not read it is told so in words of its own
+        super().__init__(path_type=Path, readable=False)  # a missing permission is told in words of its own
         self._wanted = wanted
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -11,7 +11,7 @@ from devboxd.executions.store import Execution
 
 @dataclass(eq=False)
 class LiveExecution:
-    """An execution that has not completed: its row and those who wait for it."""
+    """An execution that has not completed: its row, and the events of those that wait for it."""
 
     row: Execution
     committed: bool = True
@@ -28,12 +28,12 @@ class LiveExecution:
     position: int = 0
 
     def changed(self, row: Execution) -> None:
-        """Take the new row and wake everybody who waits for a change."""
+        """Take the new row and wake what waits for a change."""
         self.row = row
         for event in self.wakes:
             event.set()
 
     def ended(self) -> None:
-        """Release everybody who waits for the agent's knowledge or for the end."""
+        """Release what waits for the agent's knowledge or for the end."""
         self.told.set()
         self.done.set()
