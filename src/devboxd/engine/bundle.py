@@ -187,3 +187,12 @@ def listen(folder: Path) -> socket.socket:
     finally:
         os.close(descriptor)
     return listener
+
+
+def last_words(folder: Path) -> str:
+    """The last line that a runtime wrote into the log of its box."""
+    try:
+        lines = (folder / "runtime.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return "nothing"
+    return lines[-1] if lines else "nothing"

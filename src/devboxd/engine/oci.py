@@ -202,11 +202,12 @@ class OciEngine:
         Nothing is written to the state folder. Raises SetupError when the kernel does not let go, and EngineError.
         """
         self._note_failure(True)
-        living = {box_id: record for box_id in self._traces() if (record := self._record(box_id)) and record.lives()}
-        for box_id, record in living.items():
-            await self._kill(record, box_id)
+        records = {box_id: self._record(box_id) for box_id in self._traces()}
+        living = {box_id for box_id, record in records.items() if record and record.lives()}
+        for box_id, record in records.items():  # a half-made box may run, too
+            await (self._kill(record, box_id) if record else self._clear(box_id))
         await finished(self._pool.let_go)
-        return set(living)
+        return living
 
     def _disks_below(self) -> set[str]:
         """The disks that boxes read and write. Raises SetupError when there is none to be found."""
@@ -539,14 +540,14 @@ class OciEngine:
             environment = {"PATH": os.defpath + ":/usr/sbin:/sbin", "ENTRANCES": " ".join(entrances)}
             for pause in _NO_ROOM_PAUSES_S:
                 status = run_for(_START_S, ["/bin/sh", "-c", _ENTER, "sh", *command], listener, environment)
-                if not status or _NO_ROOM not in _last_words(folder):
+                if not status or _NO_ROOM not in bundle.last_words(folder):
                     break
                 time.sleep(pause)  # programs of other boxes that have filters end all the time
                 shutil.rmtree(self._states / box_id, ignore_errors=True)
         if status is None:
             raise EngineError(f"cannot start the box {box_id}: it takes longer than {_START_S:g} s; look at its disk")
         if status:
-            fate = f"was ended by signal {-status}" if status < 0 else f"said: {_last_words(folder)}"
+            fate = f"was ended by signal {-status}" if status < 0 else f"said: {bundle.last_words(folder)}"
             raise EngineError(
                 f"cannot start the box {box_id}: {Path(self._runtime).name} {fate}; "
                 "`devboxd doctor` shows what this machine lacks"
@@ -577,14 +578,6 @@ class OciEngine:
     def _remove_folders(self, box_id: str) -> None:
         shutil.rmtree(self._states / box_id, ignore_errors=True)
         shutil.rmtree(self._boxes / box_id, ignore_errors=True)
-
-
-def _last_words(folder: Path) -> str:
-    try:
-        lines = (folder / "runtime.log").read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return "nothing"
-    return lines[-1] if lines else "nothing"
 
 
 def _pidfd(record: Record) -> int | None:
